@@ -1,0 +1,142 @@
+// Package engine is what the bottle tools ask of a sandbox: a guest kernel, a
+// workspace, one socket to the gate, and commands run inside. engine/gvisor and
+// engine/smolvm implement it.
+package engine
+
+import (
+	"context"
+	"io"
+	"os"
+
+	"github.com/bottle-tools/bottle/lib/plan"
+)
+
+// Guest paths and numbers that both engines and the guest helper share.
+const (
+	GuestWorkspace = "/workspace"
+	GuestDir       = "/opt/bottle"       // read-only: helper, its config, CA bundle
+	GuestHelper    = "/opt/bottle/guest" // the helper binary
+	GuestConfig    = "/opt/bottle/config.json"
+	GuestHome      = "/home/agent"
+	GuestUser      = "agent"
+	GuestUID       = 1000
+	GuestProxy     = "127.0.0.1:3128"
+	GuestSocket    = "/run/bottle/gate.sock" // where a socket engine puts the gate
+)
+
+// Transport is how a connection gets from the guest to the gate.
+type Transport int
+
+const (
+	// FD: one SOCK_SEQPACKET pair is passed to the guest helper; for each
+	// request the keeper sends back a fresh stream descriptor.
+	FD Transport = iota
+	// Socket: the keeper listens on Spec.GateSocket, which the engine makes
+	// appear in the guest as GuestSocket.
+	Socket
+)
+
+// Bind is one more host path in the guest.
+type Bind struct {
+	Source   string // absolute, resolved, no symlink left
+	Target   string // absolute guest path
+	ReadOnly bool
+}
+
+// Spec is all an engine needs to start one bottle. Everything is resolved and
+// checked; an engine that cannot hold a clause returns a fault (78), it never
+// warns.
+type Spec struct {
+	ID     string // vm.id
+	Bottle *plan.Bottle
+	Dir    string // the bottle's state folder, 0700, exists
+	RunDir string // short folder for sockets, 0700, exists
+
+	Workspace string // absolute host folder (for scratch: the private copy)
+	ReadOnly  bool   // workspace mode ro
+	Binds     []Bind // mounts of the plan, pinned git paths, hidden paths; in mount order
+	Rootfs    string // absolute path of the unpacked image; "" for image host
+	Home      string // absolute host folder for home: keep; "" to discard
+
+	GuestHelper string   // absolute host path of the static bottle-guest
+	Env         []string // K=V, the whole environment of the guest, sorted
+	CABundle    []byte   // PEM: the system's roots and the bottle's own CA
+	CACert      []byte   // PEM: the bottle's own CA alone
+
+	HostUID, HostGID int // who the guest's writes belong to on the host
+
+	Guest      *os.File // FD transport: the guest's end of the pair
+	GateSocket string   // Socket transport: host path
+	Log        *os.File // engine's own log and the guest helper's stderr
+
+	// Record is called with each process the engine has started, before the
+	// next is started, so that a killed keeper leaves nothing unnamed.
+	Record func(role string, pid int) error
+}
+
+// Ref finds a started bottle again, from another process.
+type Ref struct {
+	ID     string
+	Dir    string
+	RunDir string
+	Bottle *plan.Bottle
+	Env    []string
+}
+
+// Started is what is known once the guest is up.
+type Started struct {
+	Enforcement plan.Enforcement
+	// Wait blocks until the guest has ended, whatever ended it.
+	Wait func(context.Context) error
+}
+
+// Winsize is a terminal's size in characters.
+type Winsize struct{ Rows, Cols uint16 }
+
+// ExecRequest is one command in a running guest.
+type ExecRequest struct {
+	Argv   []string
+	Env    []string // K=V on top of the bottle's own
+	Dir    string   // absolute guest path; "" is the workspace
+	User   string   // agent | root | "" for the bottle's own
+	Stdin  *os.File // nil: empty
+	Stdout *os.File
+	Stderr *os.File
+	TTY    bool // Stdin is a terminal: give the guest one, keep sizes in step
+	// Signals are passed to the command; the caller decides which.
+	Signals <-chan os.Signal
+}
+
+// Engine runs bottles. Every method may be called from a process other than the
+// one that called Start, except where it says so.
+type Engine interface {
+	Name() string // gvisor | smolvm
+	Transport() Transport
+
+	// Available tells without starting anything whether the engine's program is
+	// there and of a version that can hold a bottle. Errors are faults 69 or 78.
+	Available(ctx context.Context) error
+	// Check boots a throw-away guest in dir and runs a command in it, with a
+	// time limit: the only proof that an engine works.
+	Check(ctx context.Context, dir string) error
+
+	// Prepare refuses (78) what the engine cannot hold, before anything starts.
+	Prepare(ctx context.Context, s *Spec) error
+	// Start returns once the guest kernel runs and the helper was started. The
+	// guest must die with the caller's processes only through Stop and Delete.
+	Start(ctx context.Context, s *Spec) (*Started, error)
+
+	// Exec returns the guest command's status (128+n for a signal), or an error
+	// for the engine's own failure.
+	Exec(ctx context.Context, r Ref, q ExecRequest) (int, error)
+	// CopyOut writes a tar stream of the guest path; CopyIn unpacks one below
+	// the guest folder dir.
+	CopyOut(ctx context.Context, r Ref, path string, w io.Writer) error
+	CopyIn(ctx context.Context, r Ref, dir string, rd io.Reader) error
+
+	// Alive tells whether the guest still runs.
+	Alive(ctx context.Context, r Ref) (bool, error)
+	// Delete ends the guest and removes what the engine made of it: processes,
+	// mounts, its own state below r.Dir. Idempotent; nothing there is success.
+	Delete(ctx context.Context, r Ref) error
+}
