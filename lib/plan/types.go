@@ -96,9 +96,9 @@ type File struct {
 // Resources are limits; zero means none. Enforcement "" asks for a cgroup and
 // refuses without one; "watched" lets the keeper sample and kill.
 type Resources struct {
-	CPUs        int    `json:"cpus,omitempty"`
-	MemoryMiB   int    `json:"memory_mib,omitempty"`
-	Pids        int    `json:"pids,omitempty"`
+	CPUs        int    `json:"cpus,omitzero"`
+	MemoryMiB   int    `json:"memory_mib,omitzero"`
+	Pids        int    `json:"pids,omitzero"`
 	Enforcement string `json:"enforcement,omitempty"`
 }
 

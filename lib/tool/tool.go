@@ -1,0 +1,198 @@
+// Package tool is the boundary between a bottle command and the process it runs
+// in: streams, flags, exit statuses, the error document.
+//
+// A main is a name and an exit:
+//
+//	func main() { tool.Main("bottle-plan", cli.Run) }
+//
+// and the body is importable and takes everything it touches from a Proc:
+//
+//	func Run(ctx context.Context, p *tool.Proc) int {
+//		fs := p.Flags("bottle-egress")
+//		out := p.OutputFlags(fs) // -o FILE, --pretty
+//		root := &tool.Command{
+//			Name:       "bottle-egress",
+//			ShortUsage: "bottle-plan … | bottle-egress [-o FILE]",
+//			ShortHelp:  "add the egress section to documents",
+//			LongHelp:   "…with an example…",
+//			FlagSet:    fs,
+//			Subcommands: []*tool.Command{…},
+//			Exec: func(ctx context.Context, args []string) error {
+//				if err := tool.NoArgs(args); err != nil {
+//					return err
+//				}
+//				return p.Filter(ctx, "egress", out, func(ctx context.Context, d *plan.Doc) error { … })
+//			},
+//		}
+//		return p.Run(ctx, root)
+//	}
+//
+// Every error that Exec returns is printed once, as "tool: error: …" on stderr,
+// and decides the exit status (lib/fault).
+package tool
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/peterbourgon/ff/v3/ffcli"
+
+	"github.com/bottle-tools/bottle/lib/fault"
+)
+
+// Version is set by the build (-ldflags -X); go install leaves it at "devel".
+var Version = "devel"
+
+// Proc is a command as a value, in the manner of exec.Cmd.
+type Proc struct {
+	Name           string
+	Args           []string // without the name
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+	Getenv         func(string) string
+	Now            func() time.Time
+
+	flags map[*flag.FlagSet]*flagRules
+}
+
+// OS is the Proc of this process.
+func OS(name string) *Proc {
+	return &Proc{
+		Name: name, Args: os.Args[1:],
+		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
+		Getenv: os.Getenv, Now: time.Now,
+	}
+}
+
+// Main runs body in this process and exits with its status. SIGINT and SIGTERM
+// cancel the context; a second one ends the process at once. A closed stdout is
+// an error of the write (74), not a death by SIGPIPE: a command that has
+// started something must get to say so, or to take it back.
+func Main(name string, body func(context.Context, *Proc) int) {
+	signal.Ignore(syscall.SIGPIPE)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-ctx.Done()
+		stop() // from here on the default action is back
+	}()
+	code := body(ctx, OS(name))
+	os.Exit(code)
+}
+
+// Command is ffcli's; Usage, ShortHelp and LongHelp are written by hand.
+type Command = ffcli.Command
+
+// exitStatus ends a command whose errors have been reported already.
+type exitStatus int
+
+func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+// Exit makes Run return the status without printing anything more.
+func Exit(status int) error {
+	if status == 0 {
+		return nil
+	}
+	return exitStatus(status)
+}
+
+// Run parses the arguments, runs the chosen command and gives the exit status.
+func (p *Proc) Run(ctx context.Context, root *Command) int {
+	p.prepare(root, root.Name)
+	if len(p.Args) == 1 && (p.Args[0] == "--version" || p.Args[0] == "-version") {
+		fmt.Fprintln(p.Stdout, p.Name, Version)
+		return fault.OK
+	}
+	err := root.Parse(p.Args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		// Asked for: the help is the output.
+		fmt.Fprintln(p.Stdout, p.helpFor(root, p.Args))
+		return fault.OK
+	case err != nil:
+		return p.Report(usage(root, err))
+	}
+	if err := p.applyEnv(root); err != nil {
+		return p.Report(err)
+	}
+	return p.Report(root.Run(ctx))
+}
+
+// Report prints err, if it has not been printed, and gives its exit status.
+func (p *Proc) Report(err error) int {
+	var status exitStatus
+	switch {
+	case err == nil:
+		return fault.OK
+	case errors.As(err, &status):
+		return int(status)
+	}
+	p.PrintError(err)
+	return fault.As(err).Exit
+}
+
+// PrintError writes err on stderr, one line for each error joined in it.
+func (p *Proc) PrintError(err error) {
+	if many, ok := err.(interface{ Unwrap() []error }); ok {
+		for _, e := range many.Unwrap() {
+			p.PrintError(e)
+		}
+		return
+	}
+	e := fault.As(err)
+	line := e.Error()
+	if e.Hint != "" {
+		line += "; " + e.Hint
+	}
+	fmt.Fprintf(p.Stderr, "%s: error: %s\n", p.Name, oneLine(line))
+}
+
+// Warn writes a warning on stderr.
+func (p *Proc) Warn(format string, args ...any) {
+	fmt.Fprintf(p.Stderr, "%s: warning: %s\n", p.Name, oneLine(fmt.Sprintf(format, args...)))
+}
+
+// oneLine keeps a message on its line and a terminal out of its reach: messages
+// quote names that a guest or a cloned repository chose.
+func oneLine(s string) string {
+	return strings.Map(func(r rune) rune {
+		switch {
+		case r == '\n' || r == '\t':
+			return ' '
+		case r < 0x20 || r == 0x7f || 0x80 <= r && r < 0xa0:
+			return '?'
+		}
+		return r
+	}, strings.TrimRight(s, "\n"))
+}
+
+// IsTerminal tells whether v is a terminal.
+func IsTerminal(v any) bool {
+	f, ok := v.(*os.File)
+	return ok && isTerminal(f)
+}
+
+func usage(c *Command, err error) error {
+	var none ffcli.NoExecError
+	if errors.As(err, &none) {
+		var verbs []string
+		for _, sub := range none.Command.Subcommands {
+			if sub.ShortHelp != "" {
+				verbs = append(verbs, sub.Name)
+			}
+		}
+		if args := none.Command.FlagSet.Args(); len(args) > 0 {
+			return fault.New(fault.Usage, "usage", "unknown verb %q", args[0]).WithHint("one of %s", strings.Join(verbs, ", "))
+		}
+		return fault.New(fault.Usage, "usage", "a verb is missing").WithHint("one of %s", strings.Join(verbs, ", "))
+	}
+	text := strings.TrimPrefix(err.Error(), "error parsing commandline arguments: ")
+	return fault.New(fault.Usage, "usage", "%s", text).WithHint("see %s --help", c.Name)
+}
