@@ -1,0 +1,191 @@
+package audit
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"github.com/bottle-tools/bottle/lib/fault"
+)
+
+func lines(t *testing.T, path string) []Event {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var es []Event
+	for l := range strings.Lines(string(b)) {
+		if strings.TrimSpace(l) == "" {
+			continue
+		}
+		var e Event
+		if err := json.Unmarshal([]byte(l), &e); err != nil {
+			t.Fatalf("line %q: %v", l, err)
+		}
+		es = append(es, e)
+	}
+	return es
+}
+
+func TestWriteAndResume(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.jsonl")
+	at := time.Date(2026, 1, 2, 3, 4, 5, 678, time.FixedZone("x", 3600))
+	opts := Options{Bottle: "dev-01234567", Now: func() time.Time { return at }}
+	l, err := Open(path, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rule := 0
+	if err := l.Write(Event{Event: KindConnect, Verdict: Allow, Host: "a.example", Port: 443, Rule: &rule}); err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	if l.Write(Event{}) == nil {
+		t.Error("a closed log took a line")
+	}
+	st, _ := os.Stat(path)
+	if st.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v", st.Mode())
+	}
+	// A crash in the middle of a line.
+	f, _ := os.OpenFile(path, os.O_APPEND|os.O_WRONLY, 0)
+	f.WriteString(`{"time":"2026`)
+	f.Close()
+	l, err = Open(path, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Write(Event{Event: KindStop})
+	l.Close()
+	b, _ := os.ReadFile(path)
+	want := `{"time":"2026-01-02T02:04:05.000000678Z","bottle":"dev-01234567","seq":1,"event":"connect","verdict":"allow","host":"a.example","port":443,"rule":0}
+{"time":"2026
+{"time":"2026-01-02T02:04:05.000000678Z","bottle":"dev-01234567","seq":2,"event":"stop"}
+`
+	if string(b) != want {
+		t.Errorf("got\n%s\nwant\n%s", b, want)
+	}
+}
+
+func TestHostileMembers(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.jsonl")
+	l, err := Open(path, Options{Bottle: "b"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	long := strings.Repeat("ü", 100_000)
+	if err := l.Write(Event{Event: KindRequest, Host: "x\n{\"verdict\":\"allow\"}", Path: long, Method: "\x00\x1b[2J", SNI: "\xff\xfe", Reason: long}); err != nil {
+		t.Fatal(err)
+	}
+	b, _ := os.ReadFile(path)
+	if bytes.Count(b, []byte("\n")) != 1 || len(b) > 8<<10 || !utf8.Valid(b) {
+		t.Fatalf("%d bytes, %d lines", len(b), bytes.Count(b, []byte("\n")))
+	}
+	for _, c := range b[:len(b)-1] {
+		if c < 0x20 {
+			t.Fatalf("control character %#x", c)
+		}
+	}
+	if e := lines(t, path)[0]; e.Host != "x\n{\"verdict\":\"allow\"}" || !strings.HasSuffix(e.Path, "ü…") {
+		t.Errorf("%q %q", e.Host, e.Path[len(e.Path)-8:])
+	}
+}
+
+type limited struct{ room, calls int }
+
+func (w *limited) Write(p []byte) (int, error) {
+	w.calls++
+	if w.room < len(p) {
+		n := w.room
+		w.room = 0
+		return n, errors.New("no space left on device")
+	}
+	w.room -= len(p)
+	return len(p), nil
+}
+func (w *limited) Close() error { return nil }
+
+// A full disk closes the log for good, even if there is room again.
+func TestFailsClosed(t *testing.T) {
+	w := &limited{room: 300}
+	l := New(w, Options{Bottle: "b"})
+	var err error
+	for range 100 {
+		if err = l.Write(Event{Event: KindConnect, Host: "a.example"}); err != nil {
+			break
+		}
+	}
+	if f := fault.As(err); err == nil || f.Exit != fault.IO || f.Code != "audit_write_failed" || f.Hint == "" {
+		t.Fatalf("%+v", err)
+	}
+	calls := w.calls
+	w.room = 1 << 20
+	if l.Write(Event{}) == nil || w.calls != calls {
+		t.Error("went on after a lost line")
+	}
+}
+
+func TestOneWritePerLine(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.jsonl")
+	var logs []*Log
+	for range 2 {
+		l, err := Open(path, Options{Bottle: "b"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		logs = append(logs, l)
+	}
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			for range 200 {
+				if err := logs[i%2].Write(Event{Event: KindConnect, Host: strings.Repeat("h", 200)}); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if n := len(lines(t, path)); n != 1600 {
+		t.Errorf("%d lines", n)
+	}
+}
+
+func TestOpenRefuses(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	os.WriteFile(file, nil, 0o600)
+	link := filepath.Join(dir, "link")
+	os.Symlink(file, link)
+	shared := filepath.Join(dir, "shared")
+	os.WriteFile(shared, nil, 0o600)
+	os.Chmod(shared, 0o666)
+	hard := filepath.Join(dir, "hard")
+	os.WriteFile(hard, nil, 0o600)
+	os.Link(hard, filepath.Join(dir, "hard2"))
+	for _, c := range []struct {
+		path, code string
+		exit       int
+	}{
+		{link, "audit_log_untrusted", fault.NoPerm},
+		{shared, "audit_log_untrusted", fault.NoPerm},
+		{hard, "audit_log_untrusted", fault.NoPerm},
+		{filepath.Join(dir, "missing", "log"), "audit_log_failed", fault.CantCreate},
+		{dir, "audit_log_failed", fault.CantCreate},
+	} {
+		_, err := Open(c.path, Options{})
+		if f := fault.As(err); err == nil || f.Code != c.code || f.Exit != c.exit || f.Hint == "" {
+			t.Errorf("%s: %+v", c.path, err)
+		}
+	}
+}
