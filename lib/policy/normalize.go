@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"golang.org/x/net/idna"
 
@@ -343,7 +344,11 @@ func toASCII(s string) (string, *fault.Error) {
 		}
 	}
 	a, err := idna.Lookup.ToASCII(s)
-	if err != nil {
+	if err == nil && a != s {
+		// What was mapped has to stand by itself: invalid bytes are mapped too.
+		_, err = idna.Lookup.ToASCII(a)
+	}
+	if err != nil || !utf8.ValidString(s) {
 		return "", badHost("%s is not a valid international name", quote(s)).
 			WithHint("write its ASCII form, which starts with xn--")
 	}
