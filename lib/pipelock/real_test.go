@@ -6,8 +6,6 @@ import (
 	"os/exec"
 	"testing"
 	"time"
-
-	"github.com/bottle-tools/bottle/lib/plan"
 )
 
 // realProgram is the pipelock of this host; without one the test is skipped.
@@ -23,14 +21,6 @@ func realProgram(t *testing.T) *Program {
 		t.Fatal(err)
 	}
 	return p
-}
-
-func bottle(rules ...plan.Rule) *plan.Bottle {
-	return &plan.Bottle{Egress: plan.Policy{Proxy: "auto", Rules: rules}}
-}
-
-func tls(host string) plan.Rule {
-	return plan.Rule{Host: host, Ports: []int{443}, Protocol: "tls", Verdict: "allow", Class: "exact"}
 }
 
 func TestRealStart(t *testing.T) {

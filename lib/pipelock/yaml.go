@@ -306,7 +306,7 @@ func checkHost(host string) error {
 		return fmt.Errorf("%q is longer than the 253 characters of a host name", host)
 	case wild && len(labels) < 2:
 		return fmt.Errorf("%q is a whole top-level domain", host)
-	case strings.Trim(labels[len(labels)-1], "0123456789") == "":
+	case isNumber(labels[len(labels)-1]):
 		return fmt.Errorf("%q is not a host name; an address goes into cidr", host)
 	}
 	for _, l := range labels {
@@ -315,6 +315,15 @@ func checkHost(host string) error {
 		}
 	}
 	return nil
+}
+
+// isNumber tells whether resolvers, and pipelock, read a name that ends in this
+// label as an address in one of its number forms.
+func isNumber(l string) bool {
+	if hex, ok := strings.CutPrefix(l, "0x"); ok {
+		return strings.Trim(hex, "0123456789abcdef") == ""
+	}
+	return strings.Trim(l, "0123456789") == ""
 }
 
 func isLabel(l string) bool {
