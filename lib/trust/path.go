@@ -1,0 +1,104 @@
+package trust
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/bottle-tools/bottle/lib/fault"
+)
+
+// Place is where the paths of a plan start from.
+type Place struct {
+	Base string // the manifest's folder, absolute
+	Home string // for ~; may be empty when nothing uses it
+}
+
+// Path makes a path of the plan absolute: relative to Base, below Home for ~,
+// or as it stands. Symlinks are left as they are.
+func (pl Place) Path(p string) (string, error) {
+	switch {
+	case p == "~" || strings.HasPrefix(p, "~/"):
+		if !filepath.IsAbs(pl.Home) {
+			return "", fault.New(fault.Host, "no_home", "%q starts from the home folder, and HOME is not set", p).
+				WithHint("set HOME, or write the path in full")
+		}
+		return filepath.Join(pl.Home, p[1:]), nil
+	case strings.HasPrefix(p, "~"):
+		return "", fault.New(fault.Data, "bad_path", "%q: another user's home folder cannot be named", p).
+			WithHint("write the path in full, or ./%s if the name really starts with ~", p)
+	case filepath.IsAbs(p):
+		return filepath.Clean(p), nil
+	}
+	return filepath.Join(pl.Base, p), nil
+}
+
+// Command makes the paths in the argument list of a secret's command absolute:
+// arguments that start with ./, ../, ~/ or /, and a program with a slash in its
+// name. Other arguments are passed as they are.
+func (pl Place) Command(argv []string) ([]string, error) {
+	out := make([]string, len(argv))
+	for i, arg := range argv {
+		out[i] = arg
+		if !isPath(i, arg) {
+			continue
+		}
+		abs, err := pl.Path(arg)
+		if err != nil {
+			return nil, err
+		}
+		out[i] = abs
+	}
+	return out, nil
+}
+
+func isPath(i int, arg string) bool {
+	return strings.HasPrefix(arg, "./") || strings.HasPrefix(arg, "../") || strings.HasPrefix(arg, "~/") ||
+		filepath.IsAbs(arg) || i == 0 && strings.Contains(arg, "/")
+}
+
+// Real is a path of the plan with all symlinks resolved, and whether it lies
+// inside the manifest's folder. What does not exist yet is resolved as far as
+// it does; a dangling symlink is outside, because nobody knows where it will
+// lead.
+func (pl Place) Real(p string) (real string, inside bool, err error) {
+	abs, err := pl.Path(p)
+	if err != nil {
+		return "", false, err
+	}
+	base, err := filepath.EvalSymlinks(pl.Base)
+	if err != nil {
+		return "", false, fault.New(fault.NoInput, "no_input", "the manifest's folder: %w", err)
+	}
+	real, err = resolve(abs)
+	if errors.Is(err, errDangling) {
+		return abs, false, nil
+	}
+	if err != nil {
+		return "", false, fault.New(fault.NoInput, "no_input", "resolving %s: %w", p, err)
+	}
+	return real, Within(base, real), nil
+}
+
+var errDangling = errors.New("symlink to nowhere")
+
+func resolve(abs string) (string, error) {
+	real, err := filepath.EvalSymlinks(abs)
+	if err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return real, err
+	}
+	if _, err := os.Lstat(abs); err == nil {
+		return "", errDangling
+	}
+	parent, err := resolve(filepath.Dir(abs))
+	return filepath.Join(parent, filepath.Base(abs)), err
+}
+
+// Within tells whether path is dir or lies below it. Both are clean and
+// absolute.
+func Within(dir, path string) bool {
+	rel, err := filepath.Rel(dir, path)
+	return err == nil && rel != ".." && !strings.HasPrefix(rel, "../")
+}

@@ -1,0 +1,241 @@
+// Package trust keeps a cloned repository from doing things on the host: what a
+// manifest wants beyond its own folder needs the user's word once, given with
+// "bottle-vm trust".
+//
+// A grant holds for the manifest's digest, in its folder, and for exactly the
+// wishes that it showed: the same bytes in another clone, a document that was
+// edited between the stages, a script that changed, or a symlink that leads
+// elsewhere by now, ask again.
+package trust
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/go-json-experiment/json"
+	"golang.org/x/sys/unix"
+
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/state"
+)
+
+const (
+	file      = "trust.json"
+	maxScript = 16 << 20
+)
+
+// grants is trust.json.
+type grants struct {
+	Format    string  `json:"format_version"`
+	Manifests []grant `json:"manifests"`
+}
+
+type grant struct {
+	SHA256 string   `json:"sha256"`
+	Dir    string   `json:"dir"` // resolved
+	For    []string `json:"for"`
+}
+
+// Needed lists, one line each, what the bottle wants that lies outside the
+// manifest's folder (symlinks resolved) or runs on the host: secrets from a
+// command, secret files, mounts, trust roots, an image and a workspace. Lines
+// are sorted, name no value, and are what a grant is for. Errors are faults: a
+// path that cannot be resolved (66), no home (78).
+func Needed(b *plan.Bottle, at Place) ([]string, error) {
+	n := needs{at: at}
+	for _, s := range b.Secrets {
+		if path, ok := strings.CutPrefix(s.From, "file:"); ok {
+			n.path("secret "+s.Name+" reads", path)
+		}
+		if s.From == "command" {
+			n.command(s)
+		}
+	}
+	for _, m := range b.Mounts {
+		n.path("mount at "+m.Target+" ("+m.Mode+") shows the guest", m.Source)
+	}
+	for _, r := range b.Egress.Roots {
+		n.path("trust root", r.Path)
+	}
+	if b.Image.Kind == "path" {
+		n.path("image", b.Image.Source)
+	}
+	n.path("workspace ("+b.Workspace.Mode+")", b.Workspace.Path)
+	slices.Sort(n.lines)
+	return slices.Compact(n.lines), errors.Join(n.errs...)
+}
+
+type needs struct {
+	at    Place
+	lines []string
+	errs  []error
+}
+
+func (n *needs) path(what, p string) {
+	real, inside, err := n.at.Real(p)
+	if err != nil {
+		n.errs = append(n.errs, err)
+		return
+	}
+	if inside {
+		return
+	}
+	line := fmt.Sprintf("%s %s", what, p)
+	if abs, _ := n.at.Path(p); abs != real {
+		line += " -> " + real
+	}
+	n.lines = append(n.lines, line)
+}
+
+// command is always a wish. Files of the manifest's folder that it names are
+// pinned by content: the guest may be able to write them, and the manifest's
+// digest does not cover them.
+func (n *needs) command(s plan.Secret) {
+	line := fmt.Sprintf("secret %s runs %q", s.Name, s.Command)
+	argv, err := n.at.Command(s.Command)
+	if err != nil {
+		n.errs = append(n.errs, err)
+		return
+	}
+	for i, abs := range argv {
+		if isPath(i, s.Command[i]) {
+			line += fmt.Sprintf(" (%s is %s)", s.Command[i], digest(abs))
+		}
+	}
+	n.lines = append(n.lines, line)
+}
+
+// digest of a regular file that is small enough to be a script or a tool, or
+// what else there is, which a grant cannot pin and its reader should know.
+func digest(path string) string {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "absent"
+	}
+	defer f.Close()
+	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() || fi.Size() > maxScript {
+		return "no file whose content could be checked"
+	}
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "unreadable"
+	}
+	return "sha256:" + hex.EncodeToString(h.Sum(nil))
+}
+
+// Check refuses (77, not_trusted) a bottle that wants what has not been granted.
+// manifest is the path for the hint, as the user would type it.
+func Check(root *state.Root, b *plan.Bottle, at Place, manifest string) error {
+	wanted, err := Needed(b, at)
+	if err != nil || len(wanted) == 0 {
+		return err
+	}
+	all, err := load(root)
+	if err != nil {
+		return err
+	}
+	dir, err := filepath.EvalSymlinks(at.Base)
+	if err != nil {
+		return fault.New(fault.NoInput, "no_input", "the manifest's folder: %w", err)
+	}
+	var missing []string
+	for _, w := range wanted {
+		if !slices.ContainsFunc(all.Manifests, func(g grant) bool {
+			return g.SHA256 == b.Manifest.SHA256 && g.Dir == dir && slices.Contains(g.For, w)
+		}) {
+			missing = append(missing, w)
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	return fault.New(fault.NoPerm, "not_trusted", "%s wants more than its own folder, and you have not trusted it: %s",
+		b.Manifest.Name, strings.Join(missing, "; ")).
+		WithHint("read it, and if you agree: bottle-vm trust -m %s", quote(manifest))
+}
+
+// Add grants what the bottles of one manifest want. It returns the lines that
+// are granted now, for the user to see; none means that there was nothing to
+// trust, and nothing is written.
+func Add(root *state.Root, at Place, bottles ...*plan.Bottle) ([]string, error) {
+	var lines []string
+	var sum string
+	for _, b := range bottles {
+		if sum != "" && sum != b.Manifest.SHA256 {
+			return nil, fault.New(fault.Usage, "usage", "the bottles come from two manifests")
+		}
+		sum = b.Manifest.SHA256
+		l, err := Needed(b, at)
+		if err != nil {
+			return nil, err
+		}
+		lines = append(lines, l...)
+	}
+	slices.Sort(lines)
+	lines = slices.Compact(lines)
+	if len(lines) == 0 {
+		return nil, nil
+	}
+	dir, err := filepath.EvalSymlinks(at.Base)
+	if err != nil {
+		return nil, fault.New(fault.NoInput, "no_input", "the manifest's folder: %w", err)
+	}
+	err = root.Update(file, func(old []byte) ([]byte, error) {
+		all, err := decode(old)
+		if err != nil {
+			return nil, err
+		}
+		// One grant a folder: an older version of the manifest is not trusted
+		// any more once the user has looked at a newer one.
+		all.Manifests = slices.DeleteFunc(all.Manifests, func(g grant) bool { return g.Dir == dir })
+		all.Manifests = append(all.Manifests, grant{sum, dir, lines})
+		raw, err := json.Marshal(all)
+		if err != nil {
+			return nil, fault.New(fault.Bug, "bug", "encoding trust: %w", err)
+		}
+		return append(raw, '\n'), nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return lines, nil
+}
+
+func load(root *state.Root) (*grants, error) {
+	raw, err := root.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	return decode(raw)
+}
+
+func decode(raw []byte) (*grants, error) {
+	all := &grants{Format: "1.0"}
+	if len(bytes.TrimSpace(raw)) == 0 {
+		return all, nil
+	}
+	if err := json.Unmarshal(raw, all); err != nil || !strings.HasPrefix(all.Format, "1.") {
+		return nil, fault.New(fault.Data, "bad_trust", "trust.json in the state folder cannot be read").
+			WithHint("remove it and trust your manifests again")
+	}
+	return all, nil
+}
+
+// quote makes s one word of a POSIX shell.
+func quote(s string) string {
+	if s != "" && !strings.ContainsFunc(s, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("/._-+,:@%=", r))
+	}) {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
