@@ -385,10 +385,11 @@ func (p *Proc) words() string {
 	text := p.stderr.String()
 	p.mu.Unlock()
 	var said []string
+	banner := false // "Pipelock 2.3.0 starting" and the indented lines below it
 	for line := range strings.Lines(text) {
-		banner := strings.HasPrefix(line, "  ") || strings.HasPrefix(line, "Pipelock ") || strings.TrimSpace(line) == ""
-		if !banner {
-			said = append(said, strings.TrimSpace(line))
+		banner = strings.HasPrefix(line, "Pipelock ") || banner && strings.HasPrefix(line, " ")
+		if line = strings.TrimSpace(line); !banner && line != "" {
+			said = append(said, line)
 		}
 	}
 	if len(said) == 0 {
@@ -397,7 +398,7 @@ func (p *Proc) words() string {
 	if len(said) > 4 {
 		said = said[len(said)-4:]
 	}
-	return clip(strings.Join(said, "; "))
+	return clip(strings.Join(said, " "))
 }
 
 // Reload gives a running pipelock another policy and returns when it has taken
