@@ -1,0 +1,199 @@
+package smolvm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os/exec"
+	"regexp"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Time limits and sizes. DefaultTimeout is for calls that only touch records
+// (measured: 7 to 12 ms); the others are for calls that boot or end a guest,
+// for which smolvm 1.9.1 itself waits 30 s.
+const (
+	DefaultTimeout = 20 * time.Second
+	BootTimeout    = 90 * time.Second
+	PackTimeout    = 30 * time.Minute
+	maxOutput      = 16 << 20 // stdout of a control call
+	maxExecOutput  = 64 << 20 // each stream of MachineExec
+	drainTime      = 500 * time.Millisecond
+)
+
+var ansi = regexp.MustCompile("\x1b\\[[0-9;?]*[ -/]*[@-~]")
+
+// Client runs one smolvm program. Make it with Open, which finds out the
+// version; the zero Version is refused by every call that depends on it.
+type Client struct {
+	Bin     string        // path of the program
+	Env     []string      // its whole environment; nil means ours
+	Timeout time.Duration // for calls without a guest; 0 means DefaultTimeout
+	Version Version
+	// BootTimeout bounds start, stop and delete; 0 means the constant.
+	BootTimeout time.Duration
+}
+
+// Result is what a call printed.
+type Result struct {
+	Code           int // exit status
+	Stdout, Stderr []byte
+}
+
+// Open runs "smolvm --version" and gives a client for what answered.
+func Open(ctx context.Context, bin string, env []string) (*Client, error) {
+	c := &Client{Bin: bin, Env: env}
+	v, err := c.DetectVersion(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c.Version = v
+	return c, nil
+}
+
+// DetectVersion runs "smolvm --version", which prints "smolvm X.Y.Z".
+func (c *Client) DetectVersion(ctx context.Context) (Version, error) {
+	const op = "--version"
+	r, err := c.run(ctx, op, c.timeout(), []string{"--version"})
+	if err != nil {
+		return Version{}, err
+	}
+	line := strings.TrimSpace(string(r.Stdout))
+	v, perr := ParseVersion(line)
+	if perr == nil && r.Code == 0 && !v.Less(firstRelease) {
+		return v, nil
+	}
+	e := &Error{Kind: ErrGarbage, Op: op, Exit: r.Code, Stderr: string(r.Stderr),
+		Detail: fmt.Sprintf("%s answered %q, exit %d", c.Bin, bound(line, 80), r.Code)}
+	if perr == nil || strings.Contains(string(r.Stderr), "Traceback (most recent call last)") {
+		// The unrelated Python package that is also named smolvm answers
+		// "smolvm 0.0.36", or dies of an import error.
+		e.Kind = ErrWrongProgram
+	}
+	return Version{}, e
+}
+
+func (c *Client) timeout() time.Duration {
+	if c.Timeout > 0 {
+		return c.Timeout
+	}
+	return DefaultTimeout
+}
+
+func (c *Client) bootTimeout() time.Duration {
+	if c.BootTimeout > 0 {
+		return c.BootTimeout
+	}
+	return BootTimeout
+}
+
+// run executes smolvm without a standard input and waits at most limit. Its
+// error is about smolvm not having run properly; a status other than zero is in
+// the result.
+func (c *Client) run(ctx context.Context, op string, limit time.Duration, args []string) (Result, error) {
+	return c.runWith(ctx, op, limit, maxOutput, nil, args)
+}
+
+func (c *Client) runWith(ctx context.Context, op string, limit time.Duration, maxOut int, stdin io.Reader, args []string) (Result, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, errLimit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, c.Bin, args...)
+	cmd.Env, cmd.Stdin = c.Env, stdin
+	// A process group of its own, so that a time limit ends helpers too. The
+	// guest's monitor leaves the group by design; MachineDelete ends that one.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return killGroup(cmd.Process.Pid) }
+	cmd.WaitDelay = drainTime
+	out := &limited{max: maxOut, over: cancel}
+	errs := &limited{max: maxOut, over: cancel}
+	cmd.Stdout, cmd.Stderr = out, errs
+
+	err := cmd.Run()
+	// A monitor that inherited our pipes keeps them open; the call has ended.
+	if errors.Is(err, exec.ErrWaitDelay) {
+		err = nil
+	}
+	r := Result{Code: -1, Stdout: out.buf.Bytes(), Stderr: errs.buf.Bytes()}
+	if cmd.ProcessState != nil {
+		r.Code = cmd.ProcessState.ExitCode()
+	}
+	if out.full || errs.full {
+		return r, &Error{Kind: ErrTooMuch, Op: op, Exit: r.Code, Stderr: bound(string(r.Stderr), maxStderr),
+			Detail: fmt.Sprintf("more than %d MiB", maxOut>>20)}
+	}
+	return r, c.startError(ctx, op, limit, r, err)
+}
+
+var errLimit = errors.New("time limit")
+
+// startError turns what os/exec says into a typed error, or nil when smolvm ran
+// and exited.
+func (c *Client) startError(ctx context.Context, op string, limit time.Duration, r Result, err error) error {
+	stderr := bound(string(r.Stderr), maxStderr)
+	switch {
+	case errors.Is(context.Cause(ctx), errLimit):
+		return &Error{Kind: ErrTimeout, Op: op, Exit: -1, Stderr: stderr, Detail: "ended after " + limit.String()}
+	case ctx.Err() != nil && r.Code < 0:
+		return ctx.Err()
+	case err == nil:
+		return nil
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, exec.ErrNotFound):
+		return &Error{Kind: ErrMissing, Op: op, Exit: -1, Detail: c.Bin + " does not exist (or the interpreter it names)"}
+	case errors.Is(err, fs.ErrPermission):
+		return &Error{Kind: ErrMissing, Op: op, Exit: -1, Detail: c.Bin + " may not be executed"}
+	case errors.Is(err, syscall.ENOEXEC):
+		return &Error{Kind: ErrWrongProgram, Op: op, Exit: -1, Detail: c.Bin + " is not a program of this machine"}
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		if exit.Exited() {
+			return nil
+		}
+		return &Error{Kind: ErrFailed, Op: op, Exit: -1, Stderr: stderr, Detail: "ended by " + exit.String()}
+	}
+	return &Error{Kind: ErrFailed, Op: op, Exit: -1, Stderr: stderr, Detail: err.Error()}
+}
+
+// call runs a control subcommand; any status but zero is its typed error.
+func (c *Client) call(ctx context.Context, op string, limit time.Duration, args []string) (Result, error) {
+	r, err := c.run(ctx, op, limit, args)
+	if err != nil {
+		return r, err
+	}
+	if r.Code != 0 {
+		return r, classify(op, r.Code, string(r.Stderr))
+	}
+	return r, nil
+}
+
+// killGroup ends the process group that Setpgid made.
+func killGroup(pid int) error {
+	err := syscall.Kill(-pid, syscall.SIGKILL)
+	if errors.Is(err, syscall.ESRCH) {
+		return nil
+	}
+	return err
+}
+
+// limited keeps up to max bytes and calls over once when there are more.
+type limited struct {
+	buf  bytes.Buffer
+	max  int
+	full bool
+	over func()
+}
+
+func (l *limited) Write(p []byte) (int, error) {
+	if room := l.max - l.buf.Len(); len(p) > room {
+		l.buf.Write(p[:room])
+		l.full = true
+		l.over()
+		return len(p), nil
+	}
+	return l.buf.Write(p)
+}

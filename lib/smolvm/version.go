@@ -1,0 +1,50 @@
+package smolvm
+
+import (
+	"fmt"
+	"regexp"
+	"strconv"
+)
+
+// Version is a release of smolvm: major, minor, patch.
+type Version [3]int
+
+// Releases at which the command line changed. Source: smolvm's own tags and
+// the --help texts of 1.9.1, 1.15.0, 1.25.2 and 1.32.2.
+var (
+	firstRelease     = Version{0, 1, 0}  // older: another project's numbers
+	sinceMachine     = Version{0, 2, 0}  // "smolvm machine …"
+	sinceCp          = Version{0, 5, 2}  // machine cp, exec --stream
+	sinceNameFlag    = Version{1, 0, 2}  // --name on create and delete
+	SinceMountSocket = Version{1, 6, 4}  // --mount-socket
+	SinceSockets     = Version{1, 7, 0}  // mounted sockets that neither hang nor get lost
+	SinceLabel       = Version{1, 8, 0}  // --label
+	sinceErrorFormat = Version{1, 32, 0} // --error-format json
+)
+
+var versionLine = regexp.MustCompile(`^smolvm (\d{1,6})\.(\d{1,6})\.(\d{1,6})(?:[-+.][0-9A-Za-z.+-]*)?$`)
+
+// ParseVersion reads the line that "smolvm --version" prints: "smolvm X.Y.Z".
+func ParseVersion(line string) (Version, error) {
+	m := versionLine.FindStringSubmatch(line)
+	if m == nil {
+		return Version{}, fmt.Errorf("not a smolvm version: %q", bound(line, 80))
+	}
+	var v Version
+	for i := range v {
+		v[i], _ = strconv.Atoi(m[i+1]) // six digits at most: cannot fail
+	}
+	return v, nil
+}
+
+// Less tells whether v is older than o.
+func (v Version) Less(o Version) bool {
+	for i := range v {
+		if v[i] != o[i] {
+			return v[i] < o[i]
+		}
+	}
+	return false
+}
+
+func (v Version) String() string { return fmt.Sprintf("%d.%d.%d", v[0], v[1], v[2]) }
