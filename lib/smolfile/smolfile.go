@@ -1,0 +1,79 @@
+// Package smolfile turns a plan into a Smolfile, smolvm's machine description
+// in TOML. It is pure.
+//
+// smolvm refuses a Smolfile with an unknown field, and a Smolfile cannot say
+// everything: sockets (--mount-socket) and the guest paths of this host go on
+// the command line, by engine smolvm. What is written here is what smolvm 1.9.1
+// was recorded to accept (testscripts/transcripts/smolvm, s01-smolfile-ok).
+package smolfile
+
+import (
+	"bytes"
+	"math"
+	"strings"
+
+	"github.com/BurntSushi/toml"
+
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/plan"
+)
+
+// Workdir is where commands start in the guest.
+const Workdir = "/workspace"
+
+// File is a Smolfile. The guest never gets a network: there is no field for it,
+// and "net = false" is always written.
+type File struct {
+	Env       []plan.EnvVar // the guest's variables; secrets' values never
+	Workdir   string        // absolute guest path; empty for the image's own
+	CPUs      int           // 1 to 255; 0 leaves smolvm's default
+	MemoryMiB int           // 0 leaves smolvm's default
+}
+
+// wire has the fields in the order that smolvm names them in.
+type wire struct {
+	Env     []string `toml:"env,omitempty"`
+	Workdir string   `toml:"workdir,omitempty"`
+	CPUs    uint8    `toml:"cpus,omitempty"`
+	Memory  uint32   `toml:"memory,omitempty"`
+	Net     bool     `toml:"net"`
+}
+
+// FromPlan takes what a Smolfile can say from a plan.
+func FromPlan(b *plan.Bottle) File {
+	return File{
+		Env:       b.Env,
+		Workdir:   Workdir,
+		CPUs:      b.Resources.CPUs,
+		MemoryMiB: b.Resources.MemoryMiB,
+	}
+}
+
+// TOML gives the text. What smolvm could not hold is a fault: 78
+// smolfile_limit for a limit beyond its types (cpus is a u8), 65 smolfile_env
+// for a variable that no environment can have.
+func (f File) TOML() ([]byte, error) {
+	if f.CPUs < 0 || f.CPUs > math.MaxUint8 {
+		return nil, fault.New(fault.Host, "smolfile_limit", "smolvm takes 1 to %d cpus, not %d", math.MaxUint8, f.CPUs).
+			At("resources.cpus").WithHint("ask for fewer cpus")
+	}
+	if f.MemoryMiB < 0 || f.MemoryMiB > math.MaxUint32 {
+		return nil, fault.New(fault.Host, "smolfile_limit", "smolvm takes at most %d MiB of memory, not %d", uint32(math.MaxUint32), f.MemoryMiB).
+			At("resources.memory_mib").WithHint("ask for less memory")
+	}
+	w := wire{Workdir: f.Workdir, CPUs: uint8(f.CPUs), Memory: uint32(f.MemoryMiB)}
+	for _, v := range f.Env {
+		if v.Name == "" || strings.ContainsAny(v.Name, "=\x00") || strings.Contains(v.Value, "\x00") {
+			return nil, fault.New(fault.Data, "smolfile_env", "variable %q cannot be set", v.Name).
+				At("env").WithHint("names are not empty and hold no =, and neither names nor values hold a NUL")
+		}
+		w.Env = append(w.Env, v.Name+"="+v.Value)
+	}
+	var out bytes.Buffer
+	e := toml.NewEncoder(&out)
+	e.Indent = ""
+	if err := e.Encode(w); err != nil {
+		return nil, fault.New(fault.Bug, "bug", "writing a Smolfile: %w", err)
+	}
+	return out.Bytes(), nil
+}
