@@ -40,7 +40,7 @@ func (o *Output) WriteDoc(d *plan.Doc) error { return o.WriteLine(d.Line()) }
 
 // WriteLine writes one line of JSON.
 func (o *Output) WriteLine(line []byte) error {
-	if o.pretty {
+	if o.pretty && len(line) > 0 && line[0] == '{' {
 		v := jsontext.Value(bytes.Clone(line))
 		if err := v.Indent(jsontext.WithIndent("  ")); err != nil {
 			return fault.New(fault.Bug, "bug", "indenting a document: %w", err)
@@ -151,11 +151,30 @@ func (in *Input) Next(ctx context.Context) (*plan.Doc, error) {
 // Interrupted is the status of a command that a signal ended: 128+SIGINT.
 const Interrupted = 130
 
+// FilterOption changes what Filter does with a document that the stage made.
+type FilterOption func(*filter)
+
+type filter struct {
+	undo   func(*plan.Doc)
+	render func(*plan.Doc) []byte
+}
+
+// Undo is called with a document whose stage succeeded and that could not be
+// written: what was started for it has to be taken back.
+func Undo(f func(*plan.Doc)) FilterOption { return func(o *filter) { o.undo = f } }
+
+// Render writes something else than the document; nil writes nothing.
+func Render(f func(*plan.Doc) []byte) FilterOption { return func(o *filter) { o.render = f } }
+
 // Filter runs one stage over every document on stdin: fn changes the document
 // or fails; a failure is written as an error document and on stderr; a document
 // that already holds an error is forwarded unchanged. All documents are tried;
 // the worst status is the stage's.
-func (p *Proc) Filter(ctx context.Context, stage string, out *Output, fn func(context.Context, *plan.Doc) error) error {
+func (p *Proc) Filter(ctx context.Context, stage string, out *Output, fn func(context.Context, *plan.Doc) error, options ...FilterOption) error {
+	o := filter{undo: func(*plan.Doc) {}, render: (*plan.Doc).Line}
+	for _, opt := range options {
+		opt(&o)
+	}
 	in, err := p.Input()
 	if err != nil {
 		return err
@@ -169,7 +188,7 @@ func (p *Proc) Filter(ctx context.Context, stage string, out *Output, fn func(co
 		if ctx.Err() != nil {
 			return Exit(Interrupted)
 		}
-		status, err := p.stage(ctx, stage, out, d, err, fn)
+		status, err := p.stage(ctx, stage, out, d, err, fn, &o)
 		if err != nil {
 			return err
 		}
@@ -181,29 +200,44 @@ func (p *Proc) Filter(ctx context.Context, stage string, out *Output, fn func(co
 	return Exit(worst)
 }
 
-func (p *Proc) stage(ctx context.Context, stage string, out *Output, d *plan.Doc, err error, fn func(context.Context, *plan.Doc) error) (int, error) {
+func (p *Proc) stage(ctx context.Context, stage string, out *Output, d *plan.Doc, err error, fn func(context.Context, *plan.Doc) error, o *filter) (int, error) {
 	if d == nil {
 		d = &plan.Doc{}
 	} else if f := d.Failure(); f != nil {
-		return f.Exit, out.WriteDoc(d)
+		return f.Exit, o.write(out, d)
 	}
 	if err == nil {
 		err = fn(ctx, d)
 	}
 	if err == nil {
-		return fault.OK, out.WriteDoc(d)
-	}
-	return p.FailDoc(stage, out, d, err)
-}
-
-// FailDoc reports err on stderr and writes it into the document on out.
-func (p *Proc) FailDoc(stage string, out *Output, d *plan.Doc, err error) (int, error) {
-	if d == nil {
-		d = &plan.Doc{}
+		if err := o.write(out, d); err != nil {
+			o.undo(d)
+			return 0, err
+		}
+		return fault.OK, nil
 	}
 	var printed exitStatus
 	if errors.As(err, &printed) {
 		return int(printed), nil
+	}
+	p.PrintError(err)
+	f := d.Fail(stage, err)
+	return f.Exit, o.write(out, d)
+}
+
+func (o *filter) write(out *Output, d *plan.Doc) error {
+	line := o.render(d)
+	if line == nil {
+		return nil
+	}
+	return out.WriteLine(line)
+}
+
+// FailDoc reports err on stderr and writes an error document on out, for
+// commands that begin a pipe.
+func (p *Proc) FailDoc(stage string, out *Output, d *plan.Doc, err error) (int, error) {
+	if d == nil {
+		d = &plan.Doc{}
 	}
 	p.PrintError(err)
 	f := d.Fail(stage, err)

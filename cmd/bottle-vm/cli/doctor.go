@@ -1,0 +1,133 @@
+package cli
+
+import (
+	"context"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/bottle-tools/bottle/lib/engines"
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/pipelock"
+	"github.com/bottle-tools/bottle/lib/tool"
+	"github.com/bottle-tools/bottle/lib/worktree"
+)
+
+// finding is a line of doctor.
+type finding struct {
+	Check    string `json:"check"`
+	OK       bool   `json:"ok"`
+	Required bool   `json:"required"`
+	Detail   string `json:"detail"`
+	Hint     string `json:"hint,omitempty"`
+	TookMS   int64  `json:"took_ms"`
+}
+
+func (v *vm) doctorCommand() *tool.Command {
+	var limit tool.Duration = tool.Duration(2 * time.Minute)
+	fs := v.p.Flags("bottle-vm doctor")
+	fs.Var(&limit, "timeout", "give each check at most `D`")
+	return &tool.Command{
+		Name:       "doctor",
+		ShortUsage: "bottle-vm doctor [--timeout D]",
+		ShortHelp:  "what works on this host, proved by doing it; one JSON object a line",
+		LongHelp: `
+An engine counts as working when it has booted a guest and run a command in it:
+/dev/kvm that opens proves nothing. Exits 78 when no engine works.`,
+		FlagSet: fs,
+		Exec: func(ctx context.Context, args []string) error {
+			if err := tool.NoArgs(args); err != nil {
+				return err
+			}
+			return v.doctor(ctx, time.Duration(limit))
+		},
+	}
+}
+
+func (v *vm) doctor(ctx context.Context, limit time.Duration) error {
+	out := v.p.StdoutOutput()
+	worst, working := fault.OK, 0
+	run := func(name string, required bool, check func(context.Context) (string, error)) error {
+		ctx, cancel := context.WithTimeout(ctx, limit)
+		defer cancel()
+		begun := time.Now()
+		detail, err := check(ctx)
+		f := finding{Check: name, OK: err == nil, Required: required, Detail: detail, TookMS: time.Since(begun).Milliseconds()}
+		if e := fault.As(err); e != nil {
+			f.Detail, f.Hint = e.Error(), e.Hint
+			if required {
+				worst = fault.Host
+			}
+		} else if strings.HasPrefix(name, "engine ") {
+			working++
+		}
+		return writeJSON(out, f)
+	}
+	for _, c := range []struct {
+		name     string
+		required bool
+		check    func(context.Context) (string, error)
+	}{
+		{"state folder", true, v.checkState},
+		{"tools", true, checkTools},
+		{"engine gvisor", false, checkEngine("gvisor")},
+		{"engine smolvm", false, checkEngine("smolvm")},
+		{"proxy pipelock", false, v.checkPipelock},
+		{"git", false, worktree.GitVersion},
+	} {
+		if err := run(c.name, c.required, c.check); err != nil {
+			return err
+		}
+	}
+	if working == 0 {
+		worst = fault.Host
+	}
+	return tool.Exit(worst)
+}
+
+func (v *vm) checkState(context.Context) (string, error) {
+	root, err := v.root()
+	if err != nil {
+		return "", err
+	}
+	if err := root.WriteFile("doctor.json", time.Now().UTC()); err != nil {
+		return "", err
+	}
+	return root.Dir, os.Remove(root.Dir + "/doctor.json")
+}
+
+func checkTools(context.Context) (string, error) {
+	var paths []string
+	for _, name := range []string{"bottle-plan", "bottle-egress", "bottle-pack", "bottle-gc", "bottle-keeper", "bottle-guest"} {
+		path, err := beside(name)
+		if err != nil {
+			return "", err
+		}
+		paths = append(paths, path)
+	}
+	return strings.Join(paths, " "), nil
+}
+
+func checkEngine(name string) func(context.Context) (string, error) {
+	return func(ctx context.Context) (string, error) {
+		e, err := engines.Find(name)
+		if err == nil {
+			err = e.Available(ctx)
+		}
+		if err == nil {
+			err = bootCheck(ctx, e)
+		}
+		if err != nil {
+			return "", err
+		}
+		return "booted a guest and ran a command in it", nil
+	}
+}
+
+func (v *vm) checkPipelock(ctx context.Context) (string, error) {
+	prog, err := pipelock.Find(ctx, v.p.Getenv)
+	if err != nil {
+		return "", err
+	}
+	return prog.Path + " " + prog.Version, nil
+}

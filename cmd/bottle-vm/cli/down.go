@@ -1,0 +1,221 @@
+package cli
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/tidwall/gjson"
+
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/keeper"
+	"github.com/bottle-tools/bottle/lib/state"
+	"github.com/bottle-tools/bottle/lib/tool"
+)
+
+func (v *vm) downCommand() *tool.Command {
+	var owner int
+	var report bool
+	fs := v.p.Flags("bottle-vm down")
+	fs.IntVar(&owner, "owner", 0, "remove the bottles that were started with --owner `PID`")
+	fs.BoolVar(&report, "report", false, "say on stderr which hosts were denied and what was set aside")
+	return &tool.Command{
+		Name:       "down",
+		ShortUsage: "bottle-vm down [--report] [ID... | --owner PID]",
+		ShortHelp:  "end bottles and remove what they left; fine to call twice",
+		LongHelp: `
+Takes ids, or documents on stdin, error documents too. A bottle that is not
+there is no error, so that an EXIT trap can call it unconditionally.`,
+		FlagSet: fs,
+		Exec: func(ctx context.Context, args []string) error {
+			if err := tool.CheckArgs(args); err != nil {
+				return err
+			}
+			ids, err := v.downIDs(ctx, args, owner)
+			if err != nil {
+				return err
+			}
+			var errs []error
+			for _, id := range ids {
+				if report {
+					v.report(id)
+				}
+				errs = append(errs, v.down(ctx, id))
+			}
+			return errors.Join(errs...)
+		},
+	}
+}
+
+func (v *vm) downIDs(ctx context.Context, args []string, owner int) ([]string, error) {
+	switch {
+	case owner != 0 && len(args) > 0:
+		return nil, fault.New(fault.Usage, "usage", "--owner and ids together").WithHint("give one of them")
+	case owner != 0:
+		return v.owned(owner)
+	case len(args) > 0:
+		return args, nil
+	}
+	in, err := v.p.Input()
+	if err != nil {
+		return nil, fault.New(fault.Usage, "usage", "no bottle named, and stdin is a terminal").WithHint("bottle-vm ls shows the ids")
+	}
+	var ids []string
+	for first := true; ; first = false {
+		d, err := in.Next(ctx)
+		if errors.Is(err, io.EOF) {
+			return ids, nil
+		}
+		if e := fault.As(err); first && e != nil && e.Code == "empty_input" {
+			// The stage that should have written a document was killed before it
+			// could: there is nothing to name, and up takes back what it began.
+			v.p.Warn("no document on stdin, so nothing to remove")
+			return nil, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		if m, err := d.VM(); err == nil {
+			ids = append(ids, m.ID)
+		}
+	}
+}
+
+// owned lists the bottles of one owner, whatever state they are in.
+func (v *vm) owned(pid int) ([]string, error) {
+	root, err := v.root()
+	if err != nil {
+		return nil, err
+	}
+	all, err := root.List()
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for _, b := range all {
+		rec, err := b.Load()
+		if err == nil && rec.Owner != nil && rec.Owner.PID == pid {
+			ids = append(ids, b.ID)
+		}
+	}
+	return ids, nil
+}
+
+// down removes one bottle. A name that fits none is done already.
+func (v *vm) down(ctx context.Context, id string) error {
+	root, err := v.root()
+	if err != nil {
+		return err
+	}
+	b, err := root.Find(id)
+	if e := fault.As(err); e != nil && e.Code == "no_such_bottle" {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	rec, err := b.Load()
+	switch {
+	case errors.Is(err, state.ErrNotFound):
+		return nil
+	case errors.Is(err, state.ErrNoRecord):
+		rec = nil
+	case err != nil:
+		return err
+	}
+	return v.remove(ctx, b, rec)
+}
+
+// report tells what the bottle's owner should know before it is gone. It is
+// prose, and a bottle that cannot tell any more is no error.
+func (v *vm) report(id string) {
+	root, err := v.root()
+	if err != nil {
+		return
+	}
+	b, err := root.Find(id)
+	if err != nil {
+		return
+	}
+	for _, d := range denied(root.Audit(b.ID)) {
+		fmt.Fprintf(v.p.Stderr, "bottle: denied %s (%s, %d times): %s\n", d.target, d.code, d.n, d.reason)
+	}
+	rec, err := b.Load()
+	if err != nil {
+		return
+	}
+	if a, err := keeper.Ask(rec.RunDir, keeper.Request{Do: "status"}, time.Second); err == nil {
+		for _, f := range a.Findings {
+			fmt.Fprintf(v.p.Stderr, "bottle: %s\n", f)
+		}
+	}
+}
+
+type denial struct {
+	target, code, reason string
+	n                    int
+}
+
+// denied sums the refusals of an audit log up by host and port.
+func denied(path string) []denial {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	sums := map[string]*denial{}
+	sc := bufio.NewScanner(f)
+	for sc.Scan() {
+		r := gjson.GetManyBytes(sc.Bytes(), "verdict", "host", "port", "code", "reason")
+		if r[0].Str != "deny" {
+			continue
+		}
+		target := r[1].String()
+		if r[2].Exists() {
+			target += ":" + r[2].Raw
+		}
+		key := target + " " + r[3].Str
+		if sums[key] == nil {
+			sums[key] = &denial{target: printable(target), code: r[3].Str, reason: printable(r[4].Str)}
+		}
+		sums[key].n++
+	}
+	all := make([]denial, 0, len(sums))
+	for _, d := range sums {
+		all = append(all, *d)
+	}
+	slices.SortFunc(all, func(a, b denial) int { return cmp.Or(cmp.Compare(a.target, b.target), cmp.Compare(a.code, b.code)) })
+	return all
+}
+
+// printable keeps a name that a guest chose from driving a terminal.
+func printable(s string) string {
+	q := fmt.Sprintf("%+q", s)
+	return q[1 : len(q)-1]
+}
+
+func (v *vm) stopCommand() *tool.Command {
+	return &tool.Command{
+		Name:       "stop",
+		ShortUsage: "bottle-vm stop ID",
+		ShortHelp:  "end the guest and its way out; logs and diff stay until down",
+		Exec: func(ctx context.Context, args []string) error {
+			id, err := oneArg(args)
+			if err != nil {
+				return err
+			}
+			_, rec, err := v.find(ctx, id)
+			if err != nil {
+				return err
+			}
+			_, err = keeper.Ask(rec.RunDir, keeper.Request{Do: "stop"}, time.Minute)
+			return err
+		},
+	}
+}

@@ -1,0 +1,234 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"text/tabwriter"
+	"time"
+
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/keeper"
+	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/state"
+	"github.com/bottle-tools/bottle/lib/tool"
+	"github.com/bottle-tools/bottle/lib/worktree"
+)
+
+// listed is a line of ls, and the head of status.
+type listed struct {
+	ID        string `json:"id"`
+	Bottle    string `json:"bottle"`
+	Phase     string `json:"phase"` // starting | ready | stopped | stopping | orphan
+	Runtime   string `json:"runtime,omitempty"`
+	Workspace string `json:"workspace,omitempty"`
+	CreatedAt string `json:"created_at,omitempty"` // RFC 3339, UTC
+}
+
+func list(b *state.Bottle) listed {
+	name, _ := plan.SplitVMID(b.ID)
+	l := listed{ID: b.ID, Bottle: name, Phase: "orphan"}
+	rec, err := b.Load()
+	if err != nil {
+		return l
+	}
+	l.Phase, l.Runtime, l.Workspace = phase(rec), rec.Engine, rec.Workspace
+	l.CreatedAt = rec.CreatedAt.UTC().Format(time.RFC3339)
+	return l
+}
+
+func (v *vm) lsCommand() *tool.Command {
+	var pretty bool
+	fs := v.p.Flags("bottle-vm ls")
+	fs.BoolVar(&pretty, "pretty", false, "a table, for people")
+	return &tool.Command{
+		Name:       "ls",
+		ShortUsage: "bottle-vm ls [--pretty]",
+		ShortHelp:  "the bottles that are there, one JSON object a line",
+		FlagSet:    fs,
+		Exec: func(_ context.Context, args []string) error {
+			if err := tool.NoArgs(args); err != nil {
+				return err
+			}
+			root, err := v.root()
+			if err != nil {
+				return err
+			}
+			all, err := root.List()
+			if err != nil {
+				return err
+			}
+			if pretty {
+				return v.table(all)
+			}
+			out := v.p.StdoutOutput()
+			for _, b := range all {
+				if err := writeJSON(out, list(b)); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+}
+
+func (v *vm) table(all []*state.Bottle) error {
+	w := tabwriter.NewWriter(v.p.Stdout, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(w, "ID\tPHASE\tRUNTIME\tWORKSPACE")
+	for _, b := range all {
+		l := list(b)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", l.ID, l.Phase, l.Runtime, l.Workspace)
+	}
+	if err := w.Flush(); err != nil {
+		return fault.New(fault.IO, "write_failed", "writing stdout: %w", err)
+	}
+	return nil
+}
+
+func writeJSON(out *tool.Output, v any) error {
+	line, err := plan.Encode(v)
+	if err != nil {
+		return err
+	}
+	return out.WriteLine(line)
+}
+
+// shown is what status prints.
+type shown struct {
+	listed
+	Reason   string   `json:"reason,omitempty"`
+	Gate     string   `json:"gate"`  // up | down
+	Proxy    string   `json:"proxy"` // up | down | none
+	Findings []string `json:"findings,omitempty"`
+	AuditLog string   `json:"audit_log"`
+	StateDir string   `json:"state_dir"`
+}
+
+func (v *vm) statusCommand() *tool.Command {
+	fs := v.p.Flags("bottle-vm status")
+	out := v.p.OutputFlags(fs)
+	return &tool.Command{
+		Name:       "status",
+		ShortUsage: "bottle-vm status [ID]",
+		ShortHelp:  "one bottle: its phase, gate and proxy, and what was set aside",
+		FlagSet:    fs,
+		Exec: func(ctx context.Context, args []string) error {
+			id, err := oneArg(args)
+			if err != nil {
+				return err
+			}
+			b, rec, err := v.find(ctx, id)
+			if err != nil {
+				return err
+			}
+			s := shown{listed: list(b), Gate: "down", Proxy: "none", AuditLog: b.Root.Audit(b.ID), StateDir: b.Dir}
+			if rec.Live() && rec.Phase == state.Ready {
+				a, err := keeper.Ask(rec.RunDir, keeper.Request{Do: "status"}, 5*time.Second)
+				if err != nil {
+					return err
+				}
+				s.Phase, s.Reason, s.Gate, s.Proxy, s.Findings = a.Phase, a.Reason, a.Gate, a.Proxy, a.Findings
+			}
+			if err := writeJSON(out, s); err != nil {
+				return err
+			}
+			return out.Close()
+		},
+	}
+}
+
+func (v *vm) logsCommand() *tool.Command {
+	var follow, auditLog bool
+	fs := v.p.Flags("bottle-vm logs")
+	fs.BoolVar(&follow, "f", false, "go on as lines are added, until the bottle is gone")
+	fs.BoolVar(&auditLog, "audit", false, "the gate's decisions (JSON lines) instead of the logs")
+	return &tool.Command{
+		Name:       "logs",
+		ShortUsage: "bottle-vm logs [-f] [--audit] ID",
+		ShortHelp:  "what keeper, gate and engine wrote, or what the gate decided",
+		FlagSet:    fs,
+		Exec: func(ctx context.Context, args []string) error {
+			id, err := oneArg(args)
+			if err != nil {
+				return err
+			}
+			if id == "" {
+				return fault.New(fault.Usage, "usage", "which bottle?").WithHint("bottle-vm ls shows the ids")
+			}
+			b, _, err := v.find(ctx, id)
+			if err != nil {
+				return err
+			}
+			paths := []string{b.Path("keeper.log"), b.Path("engine.log")}
+			if auditLog {
+				paths = []string{b.Root.Audit(b.ID)}
+			}
+			return v.tail(ctx, b, paths, follow)
+		},
+	}
+}
+
+// tail copies the files, and what is added to them while the bottle is there.
+func (v *vm) tail(ctx context.Context, b *state.Bottle, paths []string, follow bool) error {
+	var files []*os.File
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	for _, path := range paths {
+		if f, err := os.Open(path); err == nil {
+			files = append(files, f)
+		}
+	}
+	for {
+		_, gone := os.Lstat(b.Dir)
+		for _, f := range files {
+			if _, err := io.Copy(v.p.Stdout, f); err != nil {
+				return fault.New(fault.IO, "write_failed", "copying the log: %w", err)
+			}
+		}
+		if !follow || gone != nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+func (v *vm) diffCommand() *tool.Command {
+	return &tool.Command{
+		Name:       "diff",
+		ShortUsage: "bottle-vm diff ID",
+		ShortHelp:  "what a bottle with workspace mode scratch changed, as a patch; exits 1 if anything",
+		LongHelp: `
+  bottle-vm diff claude > change.patch; git apply change.patch`,
+		Exec: func(ctx context.Context, args []string) error {
+			id, err := oneArg(args)
+			if err != nil {
+				return err
+			}
+			if id == "" {
+				return fault.New(fault.Usage, "usage", "which bottle?").WithHint("bottle-vm ls shows the ids")
+			}
+			b, rec, err := v.find(ctx, id)
+			if err != nil {
+				return err
+			}
+			scratch := b.Path("workspace")
+			if _, err := os.Lstat(scratch); err != nil {
+				return fault.New(fault.Usage, "not_scratch", "bottle %s works on the workspace itself", b.ID).
+					WithHint("git diff shows its changes; workspace mode scratch would keep them apart")
+			}
+			changed, err := worktree.Diff(ctx, rec.Workspace, scratch, v.p.Stdout)
+			if err == nil && changed {
+				return tool.Exit(fault.No)
+			}
+			return err
+		},
+	}
+}

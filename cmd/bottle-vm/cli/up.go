@@ -1,0 +1,496 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/image"
+	"github.com/bottle-tools/bottle/lib/keeper"
+	"github.com/bottle-tools/bottle/lib/pipelock"
+	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/secret"
+	"github.com/bottle-tools/bottle/lib/state"
+	"github.com/bottle-tools/bottle/lib/tool"
+	"github.com/bottle-tools/bottle/lib/trust"
+	"github.com/bottle-tools/bottle/lib/worktree"
+)
+
+type upFlags struct {
+	dir, name, cache string
+	owner            int
+	printID          bool
+}
+
+func (v *vm) upCommand() *tool.Command {
+	var f upFlags
+	fs := v.p.Flags("bottle-vm up")
+	fs.StringVar(&f.dir, "dir", "", "the manifest's `FOLDER`; the working folder if not given")
+	fs.StringVar(&f.name, "name", "", "call the bottle `NAME` instead of its agent's name")
+	fs.StringVar(&f.cache, "cache", "", "image cache `FOLDER`")
+	fs.IntVar(&f.owner, "owner", 0, "remove the bottle when process `PID` is gone")
+	fs.BoolVar(&f.printID, "print-id", false, "print the ids of the bottles instead of their documents")
+	v.p.Ambient(fs, "dir", "cache")
+	out := v.p.OutputFlags(fs)
+	return &tool.Command{
+		Name:       "up",
+		ShortUsage: "bottle-plan AGENT | bottle-vm up [flags]",
+		ShortHelp:  "start the bottle of each document; prints it with its vm section",
+		LongHelp: `
+Returns once the bottle is ready; it runs on under its keeper until down.
+Sections that are missing (egress, pack) are filled in; a section that differs
+from what up computes is refused.
+
+  bottle-plan claude | bottle-vm up | jq -r .vm.id`,
+		FlagSet: fs,
+		Exec: func(ctx context.Context, args []string) error {
+			if err := tool.NoArgs(args); err != nil {
+				return err
+			}
+			return v.up(ctx, &f, out)
+		},
+	}
+}
+
+// up is a filter, except that a bottle whose document cannot be written is
+// taken back: nobody would know of it.
+func (v *vm) up(ctx context.Context, f *upFlags, out *tool.Output) error {
+	return v.p.Filter(ctx, "vm", out, func(ctx context.Context, d *plan.Doc) error {
+		s := starter{vm: v, flags: f, doc: d}
+		return s.run(ctx)
+	}, tool.Undo(func(d *plan.Doc) {
+		if m, err := d.VM(); err == nil {
+			_ = v.down(context.WithoutCancel(ctx), m.ID)
+		}
+	}), tool.Render(func(d *plan.Doc) []byte {
+		if m, err := d.VM(); f.printID && err == nil && d.Failure() == nil {
+			return []byte(m.ID)
+		}
+		if f.printID {
+			return nil
+		}
+		return d.Line()
+	}))
+}
+
+// starter turns one document into a running bottle.
+type starter struct {
+	*vm
+	flags  *upFlags
+	doc    *plan.Doc
+	bottle *plan.Bottle
+	root   *state.Root
+	base   string // the manifest's folder, resolved
+	cfg    keeper.Config
+}
+
+func (s *starter) run(ctx context.Context) error {
+	var err error
+	if s.doc.Has("vm") {
+		return fault.New(fault.Data, "already_up", "the document has a vm section already").
+			WithHint("bottle-vm exec and down take it; up wants the output of bottle-plan")
+	}
+	if s.bottle, err = s.doc.Bottle(); err != nil {
+		return err
+	}
+	if s.root, err = s.vm.root(); err != nil {
+		return err
+	}
+	for _, step := range []func(context.Context) error{
+		s.place, s.egress, s.trusted, s.folders, s.pack, s.programs, s.engine, s.proxy, s.secrets,
+	} {
+		if err := step(ctx); err != nil {
+			return err
+		}
+	}
+	return s.start(ctx)
+}
+
+// place finds the manifest's folder and makes sure that it holds the manifest
+// that was planned: relative paths mean nothing elsewhere.
+func (s *starter) place(context.Context) error {
+	dir := s.flags.dir
+	if dir == "" {
+		if s.bottle.Manifest.Name == "-" {
+			return fault.New(fault.Usage, "usage", "the manifest came from stdin, so its folder is not known").
+				WithHint("give --dir")
+		}
+		dir = "."
+	}
+	base, err := filepath.Abs(dir)
+	if err == nil {
+		base, err = filepath.EvalSymlinks(base)
+	}
+	if err != nil {
+		return fault.New(fault.NoInput, "no_manifest_dir", "--dir: %w", err)
+	}
+	s.base = base
+	if s.bottle.Manifest.Name == "-" {
+		return nil
+	}
+	raw, err := os.ReadFile(filepath.Join(base, s.bottle.Manifest.Name))
+	if err != nil {
+		return fault.New(fault.NoInput, "no_manifest", "the manifest of this plan: %w", err).
+			WithHint("run up in the manifest's folder, or give --dir")
+	}
+	if got := plan.SHA256(raw); got != s.bottle.Manifest.SHA256 {
+		return fault.New(fault.Data, "manifest_changed", "%s is not the manifest that was planned (%.19s…, planned %.19s…)",
+			s.bottle.Manifest.Name, got, s.bottle.Manifest.SHA256).
+			WithHint("plan again, or give --dir with the folder of the manifest")
+	}
+	s.cfg.Manifest = filepath.Join(base, s.bottle.Manifest.Name)
+	return nil
+}
+
+// egress fills in the derived section, or refuses one that was edited: people
+// edit policy, not what follows from it.
+func (s *starter) egress(context.Context) error {
+	want, err := pipelock.Derive(s.bottle)
+	if err != nil {
+		return err
+	}
+	if !s.doc.Has("egress") {
+		return s.doc.Set("egress", want)
+	}
+	raw, err := plan.Encode(want)
+	if err != nil {
+		return err
+	}
+	got, err := s.doc.Egress()
+	if err != nil {
+		return err
+	}
+	gotRaw, err := plan.Encode(got)
+	if err != nil {
+		return err
+	}
+	if string(gotRaw) != string(raw) {
+		return fault.New(fault.Data, "section_differs", "section egress is not what follows from bottle.egress").
+			WithHint("drop it (jq -c 'del(.egress)') or run bottle-egress again; policy is edited in bottle.egress")
+	}
+	return nil
+}
+
+func (s *starter) trusted(context.Context) error {
+	return trust.Check(s.root, s.bottle, s.vm.place(s.base), filepath.Join(s.base, s.bottle.Manifest.Name))
+}
+
+// folders resolves the workspace and the mounts.
+func (s *starter) folders(context.Context) error {
+	pl := s.vm.place(s.base)
+	ws, err := pl.Path(s.bottle.Workspace.Path)
+	if err != nil {
+		return err
+	}
+	fi, err := os.Lstat(ws)
+	switch {
+	case err != nil:
+		return fault.New(fault.NoInput, "no_workspace", "workspace: %w", err).WithHint("make the folder, or change workspace.path in the manifest")
+	case fi.Mode()&os.ModeSymlink != 0:
+		target, _ := filepath.EvalSymlinks(ws)
+		return fault.New(fault.Data, "workspace_symlink", "workspace %s is a symbolic link", ws).
+			WithHint("write the folder itself in workspace.path: %s", target)
+	case !fi.IsDir():
+		return fault.New(fault.NoInput, "no_workspace", "workspace %s is not a folder", ws)
+	}
+	if s.cfg.Workspace, err = filepath.EvalSymlinks(ws); err != nil {
+		return fault.New(fault.NoInput, "no_workspace", "workspace: %w", err)
+	}
+	s.cfg.HostUID, s.cfg.HostGID = os.Geteuid(), os.Getegid()
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok && s.cfg.HostUID == 0 {
+		s.cfg.HostUID, s.cfg.HostGID = int(st.Uid), int(st.Gid)
+	}
+	if s.bottle.Workspace.Mode != "scratch" {
+		if err := s.apart("workspace", s.cfg.Workspace, s.bottle.Workspace.Mode == "rw"); err != nil {
+			return err
+		}
+	}
+	for i, m := range s.bottle.Mounts {
+		at := fmt.Sprintf("bottle.mounts[%d].source", i)
+		src, err := pl.Path(m.Source)
+		if err == nil {
+			src, err = filepath.EvalSymlinks(src)
+		}
+		if err != nil {
+			return fault.New(fault.NoInput, "no_mount", "%w", err).At(at).WithHint("make it, or take the mount out of the manifest")
+		}
+		if fi, err := os.Stat(src); err != nil || !fi.IsDir() && !fi.Mode().IsRegular() {
+			return fault.New(fault.Data, "bad_mount", "%s is neither a folder nor a file", src).At(at).
+				WithHint("sockets and devices are no mounts: a bottle has one way out")
+		}
+		if err := s.apart(at, src, m.Mode == "rw"); err != nil {
+			return err
+		}
+		s.cfg.Mounts = append(s.cfg.Mounts, engine.Bind{Source: src, Target: m.Target, ReadOnly: m.Mode == "ro"})
+	}
+	if s.bottle.Home == "keep" {
+		if s.cfg.Home, err = s.root.Home(s.bottle.Agent, s.base); err != nil {
+			return err
+		}
+		if err := os.Chown(s.cfg.Home, s.cfg.HostUID, s.cfg.HostGID); err != nil {
+			return fault.New(fault.CantCreate, "cannot_create", "home: %w", err)
+		}
+	}
+	return nil
+}
+
+// apart refuses to show the guest the records that hold it: with them it could
+// forge what down and gc act on.
+func (s *starter) apart(what, dir string, writable bool) error {
+	if dir == "/" {
+		return fault.New(fault.Data, "bad_mount", "%s is the whole file system", what).WithHint("name the project's folder")
+	}
+	for _, own := range []string{s.root.Dir, s.root.RunDir} {
+		real, err := filepath.EvalSymlinks(own)
+		if err != nil {
+			real = own
+		}
+		if within(dir, real) || within(real, dir) {
+			return fault.New(fault.Data, "holds_state", "%s %s holds the state of the bottle tools (%s)", what, dir, real).
+				WithHint("use a folder further down, or set XDG_STATE_HOME to a place outside of it")
+		}
+	}
+	return nil
+}
+
+// within tells whether path lies in dir or is it.
+func within(dir, path string) bool {
+	rel, err := filepath.Rel(dir, path)
+	return err == nil && (rel == "." || rel != ".." && !strings.HasPrefix(rel, "../"))
+}
+
+func (s *starter) pack(ctx context.Context) error {
+	opts := image.Options{CacheDir: s.flags.cache, Home: s.p.Getenv("HOME"), Progress: s.p.Stderr, Now: s.p.Now}
+	if opts.CacheDir == "" && s.bottle.Image.Kind != image.KindHost {
+		dir, err := image.DefaultDir(s.p.Getenv, os.Geteuid(), opts.Home)
+		if err != nil {
+			return err
+		}
+		opts.CacheDir = dir
+	}
+	got, rootfs, err := image.Pack(ctx, s.bottle.Image, s.base, opts)
+	if err != nil {
+		return err
+	}
+	s.cfg.Rootfs = rootfs
+	if !s.doc.Has("pack") {
+		return s.doc.Set("pack", got)
+	}
+	was, err := s.doc.Pack()
+	if err != nil {
+		return err
+	}
+	if was.Digest != got.Digest || was.Kind != got.Kind {
+		return fault.New(fault.Data, "section_differs", "section pack names %s %.19s…, the image is %s %.19s… now", was.Kind, was.Digest, got.Kind, got.Digest).
+			WithHint("run bottle-pack again")
+	}
+	return nil
+}
+
+func (s *starter) programs(context.Context) (err error) {
+	if s.cfg.EgressExe, err = beside("bottle-egress"); err != nil {
+		return err
+	}
+	s.cfg.GuestExe, err = beside("bottle-guest")
+	return err
+}
+
+func (s *starter) engine(ctx context.Context) (err error) {
+	s.cfg.Runtime, s.cfg.RuntimeWhy, err = chooseEngine(ctx, s.bottle, s.root)
+	return err
+}
+
+// proxy picks the gate's upstream. auto takes pipelock where it is installed
+// and the policy can be said to it.
+func (s *starter) proxy(ctx context.Context) error {
+	want := s.bottle.Egress.Proxy
+	if want == "builtin" {
+		return nil
+	}
+	eg, err := s.doc.Egress()
+	if err != nil {
+		return err
+	}
+	prog, err := pipelock.Find(ctx, s.p.Getenv)
+	if err != nil || eg.Pipelock == nil {
+		if want == "auto" {
+			return nil
+		}
+		if err == nil {
+			err = fault.New(fault.Data, "no_pipelock_policy", "pipelock cannot run with this policy: it needs at least one allowed host").
+				WithHint("allow one, or set egress.proxy to builtin")
+		}
+		return err
+	}
+	s.cfg.Pipelock = prog.Path
+	return nil
+}
+
+func (s *starter) secrets(ctx context.Context) error {
+	values, missing, err := secret.Resolve(ctx, s.bottle.Secrets, secret.Options{
+		Base: s.base, Home: s.p.Getenv("HOME"), Getenv: s.p.Getenv, Warn: s.p.Warn,
+	})
+	if err != nil {
+		return err
+	}
+	for _, m := range missing {
+		s.p.Warn("secret %s is missing: %s; its first use will be answered with 403 secret_missing", m.Name, m.Why)
+	}
+	s.cfg.Secrets = values
+	return nil
+}
+
+// start makes the bottle's folder and hands over to its keeper.
+func (s *starter) start(ctx context.Context) (err error) {
+	exe, err := beside("bottle-keeper")
+	if err != nil {
+		return err
+	}
+	rec, err := s.record()
+	if err != nil {
+		return err
+	}
+	name := s.bottle.ID
+	if s.flags.name != "" {
+		if err := plan.CheckID(s.flags.name); err != nil {
+			return fault.New(fault.Usage, "usage", "--name: %w", err)
+		}
+		name = s.flags.name
+	}
+	b, saved, err := s.root.Create(name, *rec)
+	if err != nil {
+		return err
+	}
+	s.cfg.ID, s.cfg.StateDir, s.cfg.RunRoot, s.cfg.Base = b.ID, s.root.Dir, s.root.RunDir, s.base
+	s.cfg.Document = s.doc.Line()
+	// From here on a failure must leave nothing.
+	defer func() {
+		if err != nil {
+			if rerr := s.vm.remove(context.WithoutCancel(ctx), b, saved); rerr != nil {
+				s.p.Warn("clearing up: %v", rerr)
+			}
+		}
+	}()
+	if s.bottle.Workspace.Mode == "scratch" {
+		if err := s.scratch(ctx, b); err != nil {
+			return err
+		}
+	}
+	h, err := keeper.Spawn(exe, b.Path("keeper.log"), s.environment())
+	if err != nil {
+		return err
+	}
+	if id, err := state.Identify(h.PID); err == nil {
+		saved.Processes = append(saved.Processes, state.Child{Role: "keeper", Process: id})
+	}
+	if err := b.Save(saved); err != nil {
+		h.Abandon()
+		h.Wait()
+		return err
+	}
+	return s.handOver(ctx, h)
+}
+
+func (s *starter) record() (*state.Record, error) {
+	self, err := state.Identify(os.Getpid())
+	if err != nil {
+		return nil, fault.New(fault.Host, "no_proc", "this host does not tell process identities: %w", err)
+	}
+	digest, err := plan.Digest(s.bottle)
+	if err != nil {
+		return nil, err
+	}
+	rec := &state.Record{
+		CreatedAt: s.p.Now().UTC().Truncate(time.Second), Creator: self,
+		PlanSHA256: digest, ManifestDir: s.base, Workspace: s.cfg.Workspace,
+	}
+	if s.flags.owner != 0 {
+		owner, err := state.Identify(s.flags.owner)
+		if err != nil {
+			return nil, fault.New(fault.Usage, "usage", "--owner: %w", err)
+		}
+		rec.Owner = &owner
+	}
+	return rec, nil
+}
+
+func (s *starter) scratch(ctx context.Context, b *state.Bottle) error {
+	dst := b.Path("workspace")
+	if err := worktree.Copy(ctx, s.cfg.Workspace, dst, nil); err != nil {
+		return err
+	}
+	if s.cfg.HostUID != os.Geteuid() {
+		if err := worktree.Chown(dst, s.cfg.HostUID, s.cfg.HostGID); err != nil {
+			return err
+		}
+	}
+	s.cfg.Workspace = dst
+	return nil
+}
+
+// environment of the keeper: what its engines need to find their programs and
+// data, and nothing that a secret could be in.
+func (s *starter) environment() []string {
+	var env []string
+	for _, name := range []string{
+		"PATH", "HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME",
+		"SSL_CERT_FILE", "SSL_CERT_DIR", "BOTTLE_RUNSC", "BOTTLE_SMOLVM", "BOTTLE_PIPELOCK", "TMPDIR",
+		"SMOLVM_LIB_DIR", "SMOLVM_AGENT_ROOTFS", "SMOLVM_DATA_DIR", "SMOLVM_VM_UID_DROP",
+		"BOTTLE_TRANSCRIPTS", "BOTTLE_TRANSCRIPT_LOG", "BOTTLE_TRANSCRIPT_STATE", "BOTTLE_TRANSCRIPT_VERSION",
+	} {
+		if val := s.p.Getenv(name); val != "" {
+			env = append(env, name+"="+val)
+		}
+	}
+	return env
+}
+
+// handOver configures the keeper and waits for its word. An interrupt takes the
+// bottle back.
+func (s *starter) handOver(ctx context.Context, h *keeper.Handle) error {
+	stop := context.AfterFunc(ctx, h.Abandon)
+	defer stop()
+	err := h.Configure(s.cfg)
+	if err == nil {
+		var r *keeper.Reply
+		if r, err = h.Await(); err == nil {
+			return s.settle(ctx, h, r)
+		}
+	}
+	h.Abandon()
+	h.Wait()
+	if ctx.Err() != nil {
+		return tool.Exit(tool.Interrupted)
+	}
+	return err
+}
+
+func (s *starter) settle(ctx context.Context, h *keeper.Handle, r *keeper.Reply) error {
+	for _, w := range r.Warnings {
+		s.p.Warn("%s", w)
+	}
+	if r.Error != nil {
+		h.Wait()
+		if ctx.Err() != nil {
+			return tool.Exit(tool.Interrupted)
+		}
+		return fault.New(r.Error.Exit, r.Error.Code, "%s", r.Error.Message).WithHint("%s", r.Error.Hint)
+	}
+	if ctx.Err() != nil { // ready and told to end at the same time
+		h.Abandon()
+		h.Wait()
+		return tool.Exit(tool.Interrupted)
+	}
+	d, err := plan.Parse(r.Document)
+	if err != nil {
+		return fault.New(fault.Bug, "bug", "the keeper's document: %w", err)
+	}
+	*s.doc = *d
+	return nil
+}

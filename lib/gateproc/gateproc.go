@@ -1,0 +1,142 @@
+// Package gateproc is the contract between a bottle's keeper and its gate
+// process: what the gate reads on stdin, what it answers, and on which
+// descriptor its connections arrive. The gate is a process of its own so that
+// it can die, and be replaced, without the bottle.
+package gateproc
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"time"
+
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/fdpass"
+	"github.com/bottle-tools/bottle/lib/plan"
+)
+
+// ConnFD is the descriptor on which a gate receives its connections.
+const ConnFD = 3
+
+// Config is one line of JSON on the gate's stdin. It holds secrets, so it is
+// never an argument, a variable or a file.
+type Config struct {
+	ID       string            `json:"id"`
+	Bottle   *plan.Bottle      `json:"bottle"`
+	Base     string            `json:"base"`    // absolute folder of the manifest, for roots
+	Secrets  map[string]string `json:"secrets"` // values by name; a missing one is missing here
+	CA       []byte            `json:"ca,omitempty"`
+	Audit    string            `json:"audit"`    // absolute path of the audit log
+	Upstream string            `json:"upstream"` // host:port of pipelock; "" for the built-in proxy
+}
+
+// Ready is the one line a gate writes on stdout when it serves, or fails.
+type Ready struct {
+	OK    bool          `json:"ok"`
+	Error *plan.Failure `json:"error,omitempty"`
+}
+
+// Process is a running gate.
+type Process struct {
+	Conns *fdpass.Conn // descriptors for the gate go here
+	cmd   *exec.Cmd
+	done  chan struct{}
+	ready chan Ready
+}
+
+// Start runs exe (bottle-egress) as a gate. stderr goes to log.
+func Start(exe string, cfg Config, log *os.File) (*Process, error) {
+	config, err := json.Marshal(cfg)
+	if err != nil {
+		return nil, fault.New(fault.Bug, "bug", "encoding the gate's config: %w", err)
+	}
+	conns, theirs, err := fdpass.Pair()
+	if err != nil {
+		return nil, fault.New(fault.IO, "gate_failed", "gate: %w", err)
+	}
+	defer theirs.Close()
+	cmd := exec.Command(exe, "serve", "--keeper")
+	cmd.Env = []string{"PATH=/usr/bin:/bin", "GOMEMLIMIT=256MiB"}
+	cmd.Dir = "/"
+	cmd.Stderr = log
+	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.SysProcAttr = dieWithParent()
+	stdin, err := cmd.StdinPipe()
+	if err == nil {
+		var stdout io.ReadCloser
+		if stdout, err = cmd.StdoutPipe(); err == nil {
+			if err = cmd.Start(); err == nil {
+				p := &Process{Conns: conns, cmd: cmd, done: make(chan struct{}), ready: make(chan Ready, 1)}
+				go p.feed(stdin, config)
+				go p.listen(stdout)
+				return p, nil
+			}
+		}
+	}
+	conns.Close()
+	return nil, fault.New(fault.Unavailable, "gate_failed", "starting the gate: %w", err).
+		WithHint("bottle-egress has to stand beside bottle-vm; run make build")
+}
+
+func (p *Process) feed(w io.WriteCloser, config []byte) {
+	_, _ = w.Write(append(config, '\n'))
+	w.Close()
+}
+
+func (p *Process) listen(r io.Reader) {
+	var got Ready
+	line, err := bufio.NewReader(r).ReadBytes('\n')
+	if err != nil || json.Unmarshal(line, &got) != nil {
+		got = Ready{Error: &plan.Failure{Code: "gate_failed", Exit: fault.Unavailable, Message: "the gate ended before it was ready"}}
+	}
+	p.ready <- got
+	_, _ = io.Copy(io.Discard, r)
+	_ = p.cmd.Wait()
+	close(p.done)
+}
+
+// AwaitReady waits until the gate serves.
+func (p *Process) AwaitReady(ctx context.Context) error {
+	select {
+	case r := <-p.ready:
+		if r.OK {
+			return nil
+		}
+		if r.Error == nil {
+			r.Error = &plan.Failure{Code: "gate_failed", Exit: fault.Unavailable, Message: "no reason given"}
+		}
+		return fault.New(r.Error.Exit, r.Error.Code, "gate: %s", r.Error.Message).WithHint("%s", r.Error.Hint)
+	case <-ctx.Done():
+		return fault.New(fault.Unavailable, "gate_failed", "the gate was not ready in time: %w", ctx.Err())
+	}
+}
+
+// PID of the gate.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// Done is closed when the gate has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Exited describes how the gate ended; valid once Done is closed.
+func (p *Process) Exited() string { return p.cmd.ProcessState.String() }
+
+// Stop ends the gate: its connections are closed with it.
+func (p *Process) Stop(grace time.Duration) error {
+	p.Conns.Close() // a gate whose listener has ended ends by itself
+	_ = p.cmd.Process.Signal(os.Interrupt)
+	select {
+	case <-p.done:
+		return nil
+	case <-time.After(grace):
+	}
+	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("ending the gate: %w", err)
+	}
+	<-p.done
+	return nil
+}

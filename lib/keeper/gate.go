@@ -1,0 +1,208 @@
+package keeper
+
+import (
+	"context"
+	"errors"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/bottle-tools/bottle/lib/gateproc"
+)
+
+// Roles in the record.
+const (
+	roleGate  = "gate"
+	roleProxy = "proxy"
+)
+
+// Backoff of a gate or proxy that keeps dying.
+const (
+	restartFirst = 20 * time.Millisecond
+	restartMost  = 2 * time.Second
+	steady       = 10 * time.Second // a run this long starts the backoff anew
+)
+
+// pending bounds the connections that wait to be passed to the gate.
+const pending = 256
+
+var errNoGate = errors.New("the gate is down")
+
+// gateKeeper keeps one gate process alive and passes connections to it. While
+// there is none, connections are closed: the bottle has no way out.
+type gateKeeper struct {
+	k      *keeper
+	config gateproc.Config
+	queue  chan *os.File
+	quit   chan struct{}
+	done   chan struct{}
+	once   sync.Once
+
+	mu   sync.Mutex
+	proc *gateproc.Process // nil while down
+}
+
+// startGate starts the first gate; the supervisor takes over from there.
+func startGate(k *keeper) (*gateKeeper, error) {
+	if err := k.root.MakeAudit(); err != nil {
+		return nil, err
+	}
+	g := &gateKeeper{k: k, queue: make(chan *os.File, pending), quit: make(chan struct{}), done: make(chan struct{})}
+	g.config = gateproc.Config{
+		ID: k.cfg.ID, Bottle: k.plan, Base: k.cfg.Base, Secrets: k.cfg.Secrets, CA: k.caPEM,
+		Audit: k.root.Audit(k.cfg.ID), Upstream: k.proxy.addr(),
+	}
+	p, err := g.launch()
+	if err != nil {
+		return nil, err
+	}
+	g.set(p)
+	return g, nil
+}
+
+func (g *gateKeeper) launch() (*gateproc.Process, error) {
+	g.config.Upstream = g.k.proxy.addr()
+	p, err := gateproc.Start(g.k.cfg.EgressExe, g.config, g.k.log)
+	if err != nil {
+		return nil, err
+	}
+	if err := g.k.record(roleGate, p.PID()); err != nil {
+		_ = p.Stop(0)
+		return nil, err
+	}
+	return p, nil
+}
+
+func (g *gateKeeper) set(p *gateproc.Process) {
+	g.mu.Lock()
+	g.proc = p
+	g.mu.Unlock()
+}
+
+func (g *gateKeeper) get() *gateproc.Process {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.proc
+}
+
+// awaitReady waits for the first gate and then starts to supervise it.
+func (g *gateKeeper) awaitReady(ctx context.Context) error {
+	p := g.get()
+	if err := p.AwaitReady(ctx); err != nil {
+		close(g.done)
+		return err
+	}
+	go g.forward()
+	go g.supervise(p)
+	return nil
+}
+
+// take is a guest.Broker service: it never blocks, and owns f.
+func (g *gateKeeper) take(f *os.File) error {
+	select {
+	case g.queue <- f:
+		return nil
+	default:
+		f.Close()
+		return errNoGate
+	}
+}
+
+func (g *gateKeeper) forward() {
+	for {
+		select {
+		case f := <-g.queue:
+			if p := g.get(); p != nil {
+				if err := p.Conns.Send([]byte("c"), f); err != nil {
+					g.k.logf("passing a connection to the gate: %v", err)
+				}
+			}
+			f.Close() // the gate has its own; without a gate the guest sees the end
+		case <-g.quit:
+			return
+		}
+	}
+}
+
+// supervise replaces a gate that ended.
+func (g *gateKeeper) supervise(p *gateproc.Process) {
+	defer close(g.done)
+	wait := restartFirst
+	for {
+		begun := g.k.now()
+		select {
+		case <-g.quit:
+			g.set(nil)
+			_ = p.Stop(gateGrace)
+			return
+		case <-p.Done():
+		}
+		g.set(nil)
+		p.Conns.Close()
+		g.k.logf("the gate ended (%s); the bottle has no way out until the next one is up", p.Exited())
+		for p = nil; p == nil; wait = min(2*wait, restartMost) {
+			if g.k.now().Sub(begun) > steady {
+				wait = restartFirst
+			}
+			select {
+			case <-g.quit:
+				return
+			case <-time.After(wait):
+			}
+			p = g.relaunch()
+		}
+	}
+}
+
+func (g *gateKeeper) relaunch() *gateproc.Process {
+	p, err := g.launch()
+	if err != nil {
+		g.k.logf("restarting the gate: %v", err)
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := p.AwaitReady(ctx); err != nil {
+		g.k.logf("restarting the gate: %v", err)
+		_ = p.Stop(0)
+		return nil
+	}
+	g.k.logf("the gate is up again, process %d", p.PID())
+	g.set(p)
+	return p
+}
+
+// restart ends the present gate so that the next one takes a new config.
+func (g *gateKeeper) restart() {
+	if p := g.get(); p != nil {
+		g.set(nil)
+		_ = p.Stop(0)
+	}
+}
+
+// stop ends the gate for good. It may be called more than once.
+func (g *gateKeeper) stop() error {
+	g.once.Do(func() {
+		close(g.quit)
+		select {
+		case <-g.done:
+		default:
+			if p := g.get(); p != nil {
+				_ = p.Stop(gateGrace)
+			}
+		}
+	})
+	select {
+	case <-g.done:
+	case <-time.After(5 * time.Second):
+		return errors.New("the gate does not end")
+	}
+	for {
+		select {
+		case f := <-g.queue:
+			f.Close()
+		default:
+			return nil
+		}
+	}
+}

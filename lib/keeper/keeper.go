@@ -1,0 +1,435 @@
+package keeper
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/bottle-tools/bottle/lib/ca"
+	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/engines"
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/fdpass"
+	"github.com/bottle-tools/bottle/lib/guest"
+	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/state"
+)
+
+// Times of a keeper.
+const (
+	startLimit  = 3 * time.Minute // a guest on a slow machine is waited for
+	gateGrace   = 200 * time.Millisecond
+	caLife      = 30 * 24 * time.Hour
+	ownerPeriod = 500 * time.Millisecond // where a pidfd of the owner cannot be had
+)
+
+// keeper is the state of one run. mu guards what the control socket reads and
+// supervisors write.
+type keeper struct {
+	cfg    Config
+	root   *state.Root
+	bottle *state.Bottle
+	doc    *plan.Doc
+	plan   *plan.Bottle
+	eng    engine.Engine
+	log    *os.File
+	now    func() time.Time
+
+	caPEM, caCert []byte
+	gate          *gateKeeper
+	proxy         *proxyKeeper
+	guard         *guard
+	monitor       *monitor
+
+	mu     sync.Mutex
+	rec    *state.Record
+	phase  string // state.Starting | state.Ready | stopped
+	reason string
+
+	ended chan struct{} // the guest has ended
+}
+
+// stopped: the guest is gone, its records are still there for logs and diff.
+const stopped = "stopped"
+
+// Run is the body of bottle-keeper: it reads Config from stdin, answers on
+// reply, and returns when the bottle is removed. ctx ends with SIGTERM.
+func Run(ctx context.Context, stdin io.Reader, reply io.WriteCloser, log *os.File) error {
+	k, err := open(stdin, log)
+	if k == nil {
+		return err // up went away before it had anything for us
+	}
+	var started *engine.Started
+	if err == nil {
+		started, err = k.start(ctx)
+	}
+	if err != nil {
+		k.logf("start failed: %v", err)
+		removeErr := k.remove()
+		r := Reply{Error: plan.NewFailure("vm", err)}
+		if removeErr != nil {
+			r.Warnings = []string{"clearing up after the failed start: " + removeErr.Error()}
+		}
+		send(reply, r)
+		return err
+	}
+	send(reply, Reply{Document: k.doc.Line(), Warnings: k.guard.report()})
+	k.serve(ctx, started)
+	return k.remove()
+}
+
+func send(w io.WriteCloser, r Reply) {
+	raw, err := json.Marshal(r)
+	if err == nil {
+		_, _ = w.Write(append(raw, '\n'))
+	}
+	w.Close()
+}
+
+func (k *keeper) logf(format string, args ...any) {
+	fmt.Fprintf(k.log, "%s keeper: %s\n", k.now().UTC().Format(time.RFC3339), fmt.Sprintf(format, args...))
+}
+
+// open takes the config, the lock and the record over from up.
+func open(stdin io.Reader, log *os.File) (*keeper, error) {
+	line, err := bufio.NewReaderSize(stdin, 1<<20).ReadBytes('\n')
+	if err != nil {
+		return nil, fault.New(fault.Data, "no_config", "no config on stdin: %w", err)
+	}
+	k := &keeper{log: log, now: time.Now, phase: state.Starting, ended: make(chan struct{})}
+	if err := json.Unmarshal(line, &k.cfg); err != nil {
+		return nil, fault.New(fault.Data, "no_config", "config: %w", err)
+	}
+	k.root = &state.Root{Dir: k.cfg.StateDir, RunDir: k.cfg.RunRoot}
+	k.bottle = k.root.Bottle(k.cfg.ID)
+	// The lock is held by the descriptor until this process ends.
+	if _, err := k.bottle.Lock(); err != nil {
+		return nil, err
+	}
+	if k.rec, err = k.bottle.Load(); err != nil {
+		return nil, err
+	}
+	self, err := state.Identify(os.Getpid())
+	if err != nil {
+		return nil, fault.New(fault.Host, "no_proc", "this host does not tell process identities: %w", err)
+	}
+	k.rec.Keeper = &self
+	if err := k.bottle.Save(k.rec); err != nil {
+		return nil, err
+	}
+	k.guard = noGuard()
+	if k.doc, err = plan.Parse(k.cfg.Document); err != nil {
+		return k, err
+	}
+	if k.plan, err = k.doc.Bottle(); err != nil {
+		return k, err
+	}
+	k.eng, err = engines.Find(k.cfg.Runtime)
+	return k, err
+}
+
+// record notes a started process before the next one is started.
+func (k *keeper) record(role string, pid int) error {
+	id, err := state.Identify(pid)
+	if err != nil {
+		return fault.New(fault.Unavailable, "engine_died", "%s ended as it was started: %w", role, err)
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	// A replaced gate takes the place of the dead one.
+	k.rec.Processes = slices.DeleteFunc(k.rec.Processes, func(c state.Child) bool {
+		return c.Role == role && !state.Alive(c.Process)
+	})
+	k.rec.Processes = append(k.rec.Processes, state.Child{Role: role, Process: id})
+	return k.bottle.Save(k.rec)
+}
+
+func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
+	ctx, cancel := context.WithTimeout(ctx, startLimit)
+	defer cancel()
+	if err := k.makeCA(); err != nil {
+		return nil, err
+	}
+	spec, err := k.spec()
+	if err != nil {
+		return nil, err
+	}
+	defer spec.Log.Close()
+	k.mu.Lock()
+	k.rec.Engine = k.eng.Name()
+	err = k.bottle.Save(k.rec)
+	k.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	if err := k.eng.Prepare(ctx, spec); err != nil {
+		return nil, err
+	}
+	// Proxy and gate come up while the guest boots; nothing is passed on before
+	// all are ready.
+	if k.proxy, err = startProxy(ctx, k); err != nil {
+		return nil, err
+	}
+	if k.gate, err = startGate(k); err != nil {
+		return nil, err
+	}
+	ready, err := k.listen(spec)
+	if err != nil {
+		return nil, err
+	}
+	started, err := k.eng.Start(ctx, spec)
+	if err != nil {
+		return nil, err
+	}
+	go k.watchGuest(started)
+	if err := k.gate.awaitReady(ctx); err != nil {
+		return nil, err
+	}
+	if err := k.awaitGuest(ctx, ready); err != nil {
+		return nil, err
+	}
+	k.monitor = startMonitor(k)
+	if err := k.guard.watch(k); err != nil {
+		return nil, err
+	}
+	return started, k.finish(started)
+}
+
+// makeCA makes the bottle's own authority where the policy opens TLS.
+func (k *keeper) makeCA() error {
+	var hosts []string
+	for _, r := range k.plan.Egress.Rules {
+		if r.Inspect && r.Verdict == "allow" && r.Host != "" {
+			hosts = append(hosts, r.Host)
+		}
+	}
+	if len(hosts) == 0 {
+		return nil
+	}
+	a, err := ca.New(k.cfg.ID, hosts, k.now(), caLife)
+	if err != nil {
+		return err
+	}
+	k.caCert = a.CertPEM()
+	k.caPEM, err = a.Marshal()
+	return err
+}
+
+func (k *keeper) spec() (*engine.Spec, error) {
+	bundle, err := ca.SystemRoots()
+	if err != nil {
+		// A host without roots still runs bottles; nothing end-to-end will verify.
+		k.logf("no system roots: %v", err)
+	}
+	log, err := os.OpenFile(k.bottle.Path("engine.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fault.New(fault.CantCreate, "cannot_create", "%w", err)
+	}
+	s := &engine.Spec{
+		ID: k.cfg.ID, Bottle: k.plan, Dir: k.bottle.Dir, RunDir: k.rec.RunDir,
+		Workspace: k.cfg.Workspace, ReadOnly: k.plan.Workspace.Mode == "ro",
+		Rootfs: k.cfg.Rootfs, Home: k.cfg.Home, GuestHelper: k.cfg.GuestExe,
+		CABundle: slices.Concat(bundle, k.caCert), CACert: k.caCert,
+		HostUID: k.cfg.HostUID, HostGID: k.cfg.HostGID,
+		Log: log, Record: k.record,
+	}
+	for _, e := range k.plan.Env {
+		s.Env = append(s.Env, e.Name+"="+e.Value)
+	}
+	if k.guard, err = newGuard(k); err != nil {
+		log.Close()
+		return nil, err
+	}
+	s.Binds = append(k.guard.binds, k.cfg.Mounts...)
+	return s, nil
+}
+
+// listen makes the guest's way to the gate. The channel closes when the guest
+// helper says that it is ready, or carries why it is not.
+func (k *keeper) listen(s *engine.Spec) (<-chan error, error) {
+	ready := make(chan error, 1)
+	if k.eng.Transport() == engine.Socket {
+		s.GateSocket = filepath.Join(k.rec.RunDir, "gate.sock")
+		l, err := net.Listen("unix", s.GateSocket)
+		if err != nil {
+			return nil, fault.New(fault.CantCreate, "cannot_create", "the guest's socket: %w", err)
+		}
+		go k.accept(l.(*net.UnixListener))
+		close(ready) // the engine's Start has waited for the helper
+		return ready, nil
+	}
+	conn, theirs, err := fdpass.Pair()
+	if err != nil {
+		return nil, fault.New(fault.IO, "gate_failed", "the guest's socket: %w", err)
+	}
+	s.Guest = theirs
+	b := &guest.Broker{
+		Conn:     conn,
+		Services: map[string]func(*os.File) error{guest.ServiceEgress: k.gate.take},
+		Ready:    func() { close(ready) },
+		Failed: func(why string) {
+			ready <- fault.New(fault.Unavailable, "guest_failed", "the guest helper could not set the guest up: %s", why)
+		},
+	}
+	go func() {
+		if err := b.Serve(); err != nil {
+			k.logf("guest's socket: %v", err)
+		}
+		conn.Close()
+	}()
+	return ready, nil
+}
+
+func (k *keeper) accept(l *net.UnixListener) {
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			if !errors.Is(err, net.ErrClosed) {
+				k.logf("guest's socket: %v", err)
+			}
+			return
+		}
+		if f, err := c.File(); err == nil {
+			_ = k.gate.take(f)
+		}
+		c.Close()
+	}
+}
+
+func (k *keeper) watchGuest(s *engine.Started) {
+	err := s.Wait(context.Background())
+	if err != nil {
+		k.logf("the guest ended: %v", err)
+	}
+	close(k.ended)
+}
+
+func (k *keeper) awaitGuest(ctx context.Context, ready <-chan error) error {
+	select {
+	case err := <-ready:
+		return err
+	case <-k.ended:
+		return fault.New(fault.Unavailable, "engine_died", "the guest ended while it started").
+			WithHint("the log is at the end of this message's document, and: bottle-vm doctor")
+	case <-ctx.Done():
+		return fault.New(fault.Unavailable, "guest_failed", "the guest was not ready in time: %w", context.Cause(ctx))
+	}
+}
+
+// finish writes the final document and the record of a bottle that is ready.
+func (k *keeper) finish(s *engine.Started) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	vm := plan.VM{
+		ID: k.cfg.ID, Runtime: k.eng.Name(), RuntimeWhy: k.cfg.RuntimeWhy,
+		HostUID: k.cfg.HostUID, StateDir: k.bottle.Dir, Keeper: *k.rec.Keeper,
+		Gate:        plan.GateRef{AuditLog: k.root.Audit(k.cfg.ID)},
+		Proxy:       k.proxy.ref(),
+		Enforcement: s.Enforcement,
+		StartedAt:   k.now().UTC().Format(time.RFC3339),
+	}
+	for _, c := range k.rec.Processes {
+		if c.Role == roleGate {
+			vm.Gate.Process = c.Process
+		}
+	}
+	if err := k.doc.Set("vm", vm); err != nil {
+		return err
+	}
+	if err := k.bottle.WriteFile("document.json", append(k.doc.Line(), '\n')); err != nil {
+		return err
+	}
+	k.phase, k.rec.Phase = state.Ready, state.Ready
+	return k.bottle.Save(k.rec)
+}
+
+// serve keeps the bottle until it is to be removed.
+func (k *keeper) serve(ctx context.Context, s *engine.Started) {
+	control, err := k.control()
+	if err != nil {
+		k.logf("%v", err)
+		return
+	}
+	defer control.Close()
+	owner := make(chan struct{})
+	if k.rec.Owner != nil {
+		go func() {
+			for !state.Await(*k.rec.Owner, time.Hour) {
+			}
+			close(owner)
+		}()
+	}
+	ended := k.ended
+	for {
+		select {
+		case <-ctx.Done():
+			k.logf("told to end")
+			return
+		case <-owner:
+			k.logf("the owner, process %d, is gone", k.rec.Owner.PID)
+			return
+		case <-ended:
+			k.halt("the guest ended by itself")
+			ended = nil
+		}
+	}
+}
+
+// halt ends the guest and what serves it, and keeps the records.
+func (k *keeper) halt(reason string) error {
+	k.mu.Lock()
+	if k.phase == stopped {
+		k.mu.Unlock()
+		return nil
+	}
+	k.phase, k.reason = stopped, reason
+	k.mu.Unlock()
+	k.logf("stopped: %s", reason)
+	return k.end()
+}
+
+// end stops, in this order, what the guest could still use and what it could
+// still do; it goes on past errors.
+func (k *keeper) end() error {
+	var errs []error
+	k.monitor.stop()
+	if k.gate != nil {
+		errs = append(errs, k.gate.stop())
+	}
+	if k.eng != nil && k.rec.Engine != "" {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		errs = append(errs, k.eng.Delete(ctx, engine.Ref{ID: k.cfg.ID, Dir: k.bottle.Dir, RunDir: k.rec.RunDir, Bottle: k.plan}))
+		cancel()
+	}
+	errs = append(errs, k.proxy.stop(), k.guard.sweep(k))
+	return errors.Join(errs...)
+}
+
+// remove ends everything and takes the bottle's folders away. What cannot be
+// removed is left to be found: the record stays.
+func (k *keeper) remove() error {
+	k.mu.Lock()
+	k.rec.Phase = state.Stopping
+	_ = k.bottle.Save(k.rec)
+	halted := k.phase == stopped
+	k.mu.Unlock()
+	if !halted {
+		if err := k.end(); err != nil {
+			k.logf("ending: %v", err)
+			return err
+		}
+	}
+	if err := k.root.TidyAudit(k.cfg.ID); err != nil {
+		k.logf("%v", err)
+	}
+	return k.bottle.Remove(k.rec)
+}
