@@ -44,7 +44,9 @@ type Options struct {
 	Dir        string
 	Policy     []byte // as YAML gives it
 	InstanceID string // vm.id
-	Own        []netip.Addr
+	// Own are addresses of the host, which pipelock must not dial; nil means
+	// those that the host has now.
+	Own []netip.Addr
 }
 
 // Proc is a running pipelock. It does not outlive the process that started it.
@@ -119,6 +121,11 @@ func (p *Program) start(ctx context.Context, o Options) (*Proc, error) {
 		exited: make(chan struct{}),
 		stderr: tail{max: maxOutput},
 	}
+	if proc.run.Own == nil {
+		if proc.run.Own, err = hostAddrs(); err != nil {
+			return nil, fault.New(fault.Unavailable, "proxy_unhealthy", "the host's own addresses: %w", err)
+		}
+	}
 	yaml, sha, err := RunYAML(o.Policy, proc.run)
 	if err != nil {
 		return nil, err
@@ -138,6 +145,20 @@ func (p *Program) start(ctx context.Context, o Options) (*Proc, error) {
 		return nil, err
 	}
 	return proc, nil
+}
+
+func hostAddrs() ([]netip.Addr, error) {
+	all, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, err
+	}
+	own := make([]netip.Addr, 0, len(all))
+	for _, a := range all {
+		if p, err := netip.ParsePrefix(a.String()); err == nil {
+			own = append(own, p.Addr())
+		}
+	}
+	return own, nil
 }
 
 // freePorts picks two ports of the loopback interface that are free now.

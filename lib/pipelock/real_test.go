@@ -1,11 +1,25 @@
 package pipelock
 
 import (
+	"bufio"
+	"bytes"
 	"context"
+	cryptotls "crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"net/url"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/bottle-tools/bottle/lib/plan"
 )
 
 // realProgram is the pipelock of this host; without one the test is skipped.
@@ -13,7 +27,7 @@ func realProgram(t *testing.T) *Program {
 	t.Helper()
 	if os.Getenv("BOTTLE_PIPELOCK") == "" {
 		if _, err := exec.LookPath("pipelock"); err != nil {
-			t.Skip("SKIPPED: no pipelock on PATH and BOTTLE_PIPELOCK is not set: the real program is not asked")
+			t.Skip("SKIPPED: no pipelock on PATH and BOTTLE_PIPELOCK is not set, so the real program is not asked")
 		}
 	}
 	p, err := Find(t.Context(), os.Getenv)
@@ -23,29 +37,215 @@ func realProgram(t *testing.T) *Program {
 	return p
 }
 
-func TestRealStart(t *testing.T) {
+func TestRealCheck(t *testing.T) {
 	p := realProgram(t)
-	y, err := YAML(bottle(tls("api.example.com")))
+	for _, rules := range [][]plan.Rule{
+		{tls("api.example.com")},
+		{tls("*.example.org"), allow("p.example", "http", 80), tls("9.9.9.9"), tls("2606:4700::1111")},
+		{tls("a.example"), deny("b.example"), deny("*.c.example"), deny("9.9.9.0/24"), deny("2a00::/12")},
+	} {
+		y := mustYAML(t, rules...)
+		if err := p.Check(t.Context(), y); err != nil {
+			t.Errorf("%v\n%s", err, y)
+		}
+		run, _, err := RunYAML(y, RunOptions{
+			Listen: netip.MustParseAddrPort("127.0.0.1:18001"), MetricsListen: netip.MustParseAddrPort("127.0.0.1:18002"),
+			Sentinel: "/run/b/kill", InstanceID: "dev-01234567", Own: []netip.Addr{netip.MustParseAddr("9.9.9.9")},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := p.Check(t.Context(), run); err != nil {
+			t.Errorf("%v\n%s", err, run)
+		}
+	}
+	wantFault(t, p.Check(t.Context(), []byte("mode: paranoid\n")), "proxy_refuses", `invalid mode "paranoid"`)
+	wantFault(t, p.Check(t.Context(), []byte("nope: 1\n")), "proxy_refuses", "field nope not found")
+}
+
+func TestRealLifecycle(t *testing.T) {
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "must not be seen")
+	p := realProgram(t)
+	one, two := mustYAML(t, tls("a.example")), mustYAML(t, tls("a.example"), tls("b.example"))
+	proc, err := p.Start(t.Context(), Options{Dir: t.TempDir(), Policy: one, InstanceID: "dev-01234567"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t0 := time.Now()
-	proc, err := p.Start(t.Context(), Options{Dir: t.TempDir(), Policy: y, InstanceID: "dev-0000"})
-	if err != nil {
-		t.Fatal(err)
+	defer proc.Stop()
+	env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", proc.PID()))
+	if err == nil {
+		for kv := range strings.SplitSeq(strings.TrimRight(string(env), "\x00"), "\x00") {
+			if k, _, _ := strings.Cut(kv, "="); k != "PATH" && k != "HOME" {
+				t.Errorf("%s is in its environment", k)
+			}
+		}
 	}
-	t.Log("start", time.Since(t0))
-	y2, err := YAML(bottle(tls("api.example.com"), tls("b.example.com")))
-	t0 = time.Now()
-	if err := proc.Reload(context.Background(), y2); err != nil {
+	for _, y := range [][]byte{two, one, one, two, one} {
+		if err := proc.Reload(t.Context(), y); err != nil {
+			t.Error(err)
+		}
+	}
+	// A change that pipelock does not take while it runs.
+	wantFault(t, proc.Reload(t.Context(), []byte(strings.Replace(string(one), "enabled: true\n  action: warn", "enabled: false\n  action: warn", 1))),
+		"proxy_reload_refused", "security downgrade")
+	if err := proc.Reload(t.Context(), two); err != nil {
 		t.Error(err)
 	}
-	t.Log("reload", time.Since(t0))
-	t0 = time.Now()
 	if err := proc.Stop(); err != nil {
 		t.Error(err)
 	}
-	t.Log("stop", time.Since(t0), proc.Wait())
-	b, _ := os.ReadFile(proc.log.path)
-	t.Logf("%s", b)
+	if err := proc.Wait(); err != nil {
+		t.Error(err)
+	}
+	for _, line := range readLog(t, filepath.Join(proc.opts.Dir, "pipelock.log")) {
+		if strings.Contains(line, `"agent"`) && !strings.Contains(line, `"agent":"dev-01234567"`) {
+			t.Error(line)
+		}
+	}
+}
+
+// TestRealTraffic shows clause by clause that the configuration does what it is
+// written for, in a network of its own: a namespace whose only interface also
+// has a public address, and an /etc/hosts that says who is where.
+func TestRealTraffic(t *testing.T) {
+	if os.Getenv(inNetwork) == "" {
+		realProgram(t)
+		ownNetwork(t)
+		return
+	}
+	p := realProgram(t)
+	serveUpstream(t)
+	rules := []plan.Rule{
+		tls("a.example"), tls("*.w.example"), deny("bad.w.example"), tls("inner.example"), tls("azure.example"), tls("nat64.example"),
+		tls("own.example"), tls(publicAddr), allow("p.example", "http", 80), deny("9.9.9.0/24"), tls("quad.example"),
+	}
+	proc, err := p.Start(t.Context(), Options{Dir: t.TempDir(), Policy: mustYAML(t, rules...), InstanceID: "dev-01234567",
+		Own: []netip.Addr{netip.MustParseAddr("1.2.3.4")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer proc.Stop()
+
+	for _, c := range []struct {
+		host, sni string
+		status    int
+		works     bool
+	}{
+		{"a.example", "a.example", 200, true},
+		{"A.Example.", "a.example", 200, true},
+		{"x.y.w.example", "x.y.w.example", 200, true},
+		{"w.example", "w.example", 200, true}, // wider than our wildcard: the gate refuses it
+		{"a.example", "p.example", 200, false},
+		{publicAddr, "", 200, true},
+		{"bad.w.example", "bad.w.example", 403, false},
+		{"other.example", "other.example", 403, false},
+		{"a.example.other.example", "x", 403, false},
+		{"inner.example", "inner.example", 403, false},
+		{"azure.example", "azure.example", 403, false},
+		{"nat64.example", "nat64.example", 403, false},
+		{"own.example", "own.example", 403, false},
+		{"quad.example", "quad.example", 403, false},
+		{"127.0.0.1", "", 403, false},
+		{"0x7f000001", "", 403, false},
+	} {
+		status, err := tunnel(proc.Addr(), c.host, c.sni)
+		if status != c.status || (err == nil) != c.works {
+			t.Errorf("CONNECT %s with SNI %q: %d %v, want %d %v", c.host, c.sni, status, err, c.status, c.works)
+		}
+	}
+
+	const key = "AKIAIOSFODNN7EXAMPLQ"
+	for _, c := range []struct {
+		what, url, header, body string
+		status                  int
+	}{
+		{"plain", "http://p.example/", "", "", 200},
+		{"body", "http://p.example/", "", "hello", 200},
+		{"not allowed", "http://a.test/", "", "", 403},
+		{"key in url", "http://p.example/?q=" + key, "", "", 403},
+		{"key in body", "http://p.example/", "", "here: " + key, 403},
+		{"key in any header", "http://p.example/", key, "", 403},
+		{"body too large", "http://p.example/", "", strings.Repeat("a b c ", maxBodyBytes/6+1), 403},
+	} {
+		if status, body := request(t, proc.Addr(), c.url, c.header, c.body); status != c.status {
+			t.Errorf("%s: %d %q, want %d", c.what, status, body, c.status)
+		}
+	}
+
+	if err := proc.Reload(t.Context(), mustYAML(t, tls("p.example"))); err != nil {
+		t.Fatal(err)
+	}
+	if status, _ := tunnel(proc.Addr(), "a.example", "a.example"); status != 403 {
+		t.Errorf("after its removal: %d", status)
+	}
+	if status, err := tunnel(proc.Addr(), "p.example", "p.example"); status != 200 || err != nil {
+		t.Errorf("after its addition: %d %v", status, err)
+	}
+}
+
+// tunnel asks for host:443 and shakes hands inside.
+func tunnel(proxy netip.AddrPort, host, sni string) (int, error) {
+	c, err := net.DialTimeout("tcp", proxy.String(), 5*time.Second)
+	if err != nil {
+		return 0, err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(8 * time.Second))
+	target := net.JoinHostPort(host, "443")
+	fmt.Fprintf(c, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", target, target)
+	res, err := http.ReadResponse(bufio.NewReader(c), &http.Request{Method: http.MethodConnect})
+	if err != nil {
+		return 0, err
+	}
+	res.Body.Close()
+	if res.StatusCode != 200 {
+		return res.StatusCode, fmt.Errorf("%s", res.Status)
+	}
+	s := cryptotls.Client(c, &cryptotls.Config{ServerName: sni, InsecureSkipVerify: true})
+	return 200, s.HandshakeContext(context.Background())
+}
+
+func request(t *testing.T, proxy netip.AddrPort, target, header, body string) (int, string) {
+	t.Helper()
+	u := &url.URL{Scheme: "http", Host: proxy.String()}
+	h := &http.Client{Transport: &http.Transport{Proxy: http.ProxyURL(u), DisableKeepAlives: true}, Timeout: 30 * time.Second}
+	req, err := http.NewRequest(http.MethodPost, target, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "text/plain")
+	if header != "" {
+		req.Header.Set("X-Custom", header)
+	}
+	res, err := h.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	b, _ := io.ReadAll(io.LimitReader(res.Body, 300))
+	return res.StatusCode, string(bytes.TrimSpace(b))
+}
+
+// serveUpstream is who answers at the public address.
+func serveUpstream(t *testing.T) {
+	t.Helper()
+	hello := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		fmt.Fprintln(w, "hello")
+	})
+	for _, port := range []string{"80", "443"} {
+		l, err := net.Listen("tcp", net.JoinHostPort(publicAddr, port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := httptest.NewUnstartedServer(hello)
+		s.Listener.Close()
+		s.Listener = l
+		if port == "443" {
+			s.StartTLS()
+		} else {
+			s.Start()
+		}
+		t.Cleanup(s.Close)
+	}
 }

@@ -196,6 +196,33 @@ func TestYAMLRefuses(t *testing.T) {
 	wantRefusal(t, "both", plan.Rule{Host: "a.example", CIDR: "1.2.3.4/32", Protocol: "tls", Verdict: "allow"})
 }
 
+// Entries that the real pipelock was seen to accept, and that never match.
+func TestYAMLRefusesWhatPipelockAccepts(t *testing.T) {
+	all, err := load(recordings + "/check.ndjson")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, r := range all {
+		if !strings.HasPrefix(r.Name, "note-allowlist-") {
+			continue
+		}
+		var c struct {
+			List []string `yaml:"api_allowlist"`
+		}
+		if err := yaml.Unmarshal([]byte(r.Config), &c); err != nil {
+			t.Fatal(err)
+		}
+		for _, host := range c.List {
+			n++
+			wantRefusal(t, host, plan.Rule{Host: host, Ports: []int{443}, Protocol: "tls", Verdict: "allow", Class: "exact"})
+		}
+	}
+	if n < 7 {
+		t.Errorf("only %d entries in the recordings", n)
+	}
+}
+
 func wantRefusal(t *testing.T, what string, r plan.Rule) {
 	t.Helper()
 	y, err := YAML(bottle(tls("good.example"), r))
