@@ -1,0 +1,201 @@
+package gate
+
+import (
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/bottle-tools/bottle/lib/audit"
+)
+
+// guestConn is a connection from the guest as it was accepted: counted, and
+// known to the gate so that it can be cut.
+type guestConn struct {
+	net.Conn
+	gate *Gate
+	once sync.Once
+}
+
+func (c *guestConn) Close() error {
+	err := c.Conn.Close()
+	c.once.Do(func() { c.gate.forget(c) })
+	return err
+}
+
+// CloseWrite passes an end of stream on.
+func (c *guestConn) CloseWrite() error { return closeWrite(c.Conn) }
+
+// httpConn is a connection that net/http serves: the guest's own, or what is
+// inside a tunnel that the gate terminates. It holds the client to a strict
+// framing and to moving on.
+type httpConn struct {
+	net.Conn
+	gate   *Gate
+	tunnel *tunnel // nil on the guest's own connection
+	frame  framing
+	bad    *Refusal // sticky
+	// between is set while no request is being answered.
+	between atomic.Bool
+
+	mu      sync.Mutex
+	aborted bool // net/http wants a pending Read to return
+}
+
+func (g *Gate) newHTTPConn(c net.Conn, t *tunnel) *httpConn {
+	h := &httpConn{Conn: c, gate: g, tunnel: t}
+	h.between.Store(true)
+	return h
+}
+
+func (c *httpConn) Read(p []byte) (int, error) {
+	if c.bad != nil {
+		return 0, c.refuse()
+	}
+	inBody := c.frame.state != inHead && c.frame.state != inTunnel
+	if inBody {
+		c.extend()
+	}
+	n, err := c.Conn.Read(p)
+	if n == 0 {
+		return 0, err
+	}
+	ok, bad := c.frame.feed(p[:n])
+	if bad != nil {
+		c.bad = bad
+		if ok == 0 {
+			return 0, c.refuse()
+		}
+		return ok, nil
+	}
+	if inBody && c.frame.state == inHead {
+		// The rest is net/http's waiting for the client to go away, which may
+		// take as long as the answer does.
+		c.clear()
+	}
+	return n, err
+}
+
+// extend lets the client take its time for a body as long as it sends.
+func (c *httpConn) extend() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.aborted {
+		_ = c.Conn.SetReadDeadline(time.Now().Add(c.gate.limits.stall))
+	}
+}
+
+func (c *httpConn) clear() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.aborted {
+		_ = c.Conn.SetReadDeadline(time.Time{})
+	}
+}
+
+// SetReadDeadline notes when net/http interrupts a Read by a deadline in the
+// past, so that extend does not undo it.
+func (c *httpConn) SetReadDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.aborted = !t.IsZero() && t.Before(time.Now())
+	return c.Conn.SetReadDeadline(t)
+}
+
+// Write gives up on a client that does not take what it asked for.
+func (c *httpConn) Write(p []byte) (int, error) {
+	_ = c.Conn.SetWriteDeadline(time.Now().Add(c.gate.limits.stall))
+	return c.Conn.Write(p)
+}
+
+// refuse ends a connection whose bytes cannot be trusted any more. Between
+// requests the client is told; net/http, which would answer in its own words,
+// is given an end of file.
+func (c *httpConn) refuse() error {
+	if !c.between.CompareAndSwap(true, false) {
+		return c.bad
+	}
+	host, port := c.bad.Host, 0
+	if c.tunnel != nil {
+		host, port = c.tunnel.host, c.tunnel.port
+	}
+	c.gate.deny(c.bad, c.gate.newEvent(audit.KindRequest, host, port))
+	_, _ = c.Write(c.bad.raw())
+	lingerClose(c.Conn)
+	return io.EOF
+}
+
+// lingerClose ends the writing side first: closing at once with bytes unread
+// would reset the connection and take the answer with it.
+func lingerClose(c net.Conn) {
+	if closeWrite(c) != nil {
+		return
+	}
+	_ = c.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+	_, _ = io.CopyN(io.Discard, c, 256<<10)
+}
+
+// closeWrite ends the writing side, or all of c where there is no such thing.
+func closeWrite(c net.Conn) error {
+	if h, ok := c.(interface{ CloseWrite() error }); ok {
+		return h.CloseWrite()
+	}
+	return c.Close()
+}
+
+// queue is a listener for the connections that are inside tunnels.
+type queue struct {
+	conns chan net.Conn
+	done  chan struct{}
+	once  sync.Once
+}
+
+func newQueue() *queue {
+	return &queue{conns: make(chan net.Conn), done: make(chan struct{})}
+}
+
+// put hands c over; a closed queue closes it.
+func (q *queue) put(c net.Conn) {
+	select {
+	case q.conns <- c:
+	case <-q.done:
+		c.Close()
+	}
+}
+
+func (q *queue) Accept() (net.Conn, error) {
+	select {
+	case c := <-q.conns:
+		return c, nil
+	case <-q.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (q *queue) Close() error {
+	q.once.Do(func() { close(q.done) })
+	return nil
+}
+
+func (q *queue) Addr() net.Addr { return &net.UnixAddr{Name: "tunnel", Net: "unix"} }
+
+// entry is the listener for the guest's connections: it bounds their number.
+type entry struct {
+	net.Listener
+	gate *Gate
+}
+
+func (l *entry) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		g := &guestConn{Conn: c, gate: l.gate}
+		if l.gate.remember(g) {
+			return l.gate.newHTTPConn(g, nil), nil
+		}
+		l.gate.tooMany(c)
+	}
+}

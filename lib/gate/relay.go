@@ -1,0 +1,252 @@
+package gate
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// opening looks at the first bytes of each direction of a tunnel and passes
+// them on itself: out is guest to host, in is host to guest. It returns how many
+// it passed. A nil function leaves the direction alone.
+type opening struct {
+	out, in func(dst io.Writer, src io.Reader) (int64, error)
+}
+
+// openTLS passes on the first ClientHello, which has been checked, and looks out
+// for a HelloRetryRequest: the second ClientHello that it asks for has a server
+// name of its own, and some servers go by that one.
+func openTLS(first []byte, t *tunnel) opening {
+	retry := make(chan bool, 1)
+	return opening{
+		in: func(dst io.Writer, src io.Reader) (int64, error) {
+			defer close(retry)
+			buf := make([]byte, serverStart)
+			n, err := io.ReadFull(src, buf)
+			retry <- isRetry(buf[:n])
+			if n > 0 {
+				if _, err := dst.Write(buf[:n]); err != nil {
+					return 0, err
+				}
+			}
+			return int64(n), endOfStream(err)
+		},
+		out: func(dst io.Writer, src io.Reader) (int64, error) {
+			if _, err := dst.Write(first); err != nil {
+				return 0, err
+			}
+			passed := int64(len(first))
+			if !<-retry {
+				return passed, nil
+			}
+			raw, h, err := readHello(src, true)
+			if err == nil {
+				err = checkHello(h, t.host)
+			}
+			if err != nil {
+				return passed, helloRefusal(err, t)
+			}
+			n, err := dst.Write(raw)
+			return passed + int64(n), err
+		},
+	}
+}
+
+// maxBanner bounds what an SSH server may say before its version line, RFC 4253
+// section 4.2.
+const maxBanner = 8 << 10
+
+// openSSH lets a tunnel begin only with SSH's version lines.
+func openSSH() opening {
+	return opening{
+		out: func(dst io.Writer, src io.Reader) (int64, error) { return passBanner(dst, src, 0, "the client") },
+		in:  func(dst io.Writer, src io.Reader) (int64, error) { return passBanner(dst, src, maxBanner, "the host") },
+	}
+}
+
+// passBanner passes bytes on once one of their lines begins with SSH-, of which
+// the first may be preceded by at most before bytes.
+func passBanner(dst io.Writer, src io.Reader, before int, who string) (int64, error) {
+	var got []byte
+	buf := make([]byte, 512)
+	for {
+		n, err := src.Read(buf)
+		got = append(got, buf[:n]...)
+		switch at := bytes.Index(got, []byte("SSH-")); {
+		case at == 0, at > 0 && at <= before && got[at-1] == '\n':
+			n, err := dst.Write(got)
+			return int64(n), err
+		case len(got) >= before+len("SSH-"):
+			return 0, refused("not_ssh", "", 0, who+" did not begin with an SSH version line",
+				`if this is another protocol, say so in the manifest: "protocol": "tcp"`)
+		case err != nil:
+			return 0, endOfStream(err)
+		}
+	}
+}
+
+// endOfStream tells an orderly end, after which the other direction goes on,
+// from an error.
+func endOfStream(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return io.EOF
+	}
+	return err
+}
+
+// relay copies in both directions until both have ended, one has failed, or
+// nothing moves. It returns the bytes from guest to host and back. An end of
+// stream in one direction is passed on and leaves the other one open. Neither
+// connection is usable afterwards; closing them is the caller's.
+func relay(guest *replayed, up net.Conn, open opening, l limits) (out, in int64, err error) {
+	r := &relaying{limits: l}
+	r.touch()
+	var wg sync.WaitGroup
+	var outErr, inErr error
+	wg.Go(func() { out, outErr = r.half(up, guest, open.out); r.ended(up, guest, outErr) })
+	wg.Go(func() { in, inErr = r.half(guest, up, open.in); r.ended(guest, up, inErr) })
+	wg.Wait()
+	return out, in, errors.Join(outErr, inErr)
+}
+
+type relaying struct {
+	limits limits
+	last   atomic.Int64 // when a byte moved, Unix nanoseconds
+	half1  atomic.Bool  // one direction has ended
+}
+
+func (r *relaying) touch() { r.last.Store(time.Now().UnixNano()) }
+
+func (r *relaying) limit() time.Duration {
+	if r.half1.Load() {
+		return r.limits.halfOpen
+	}
+	return r.limits.tunnel
+}
+
+// half is one direction.
+func (r *relaying) half(dst, src net.Conn, first func(io.Writer, io.Reader) (int64, error)) (n int64, err error) {
+	if first != nil {
+		_ = src.SetReadDeadline(time.Now().Add(r.limits.stall))
+		n, err = first(dst, src)
+		if err == io.EOF {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+		r.touch()
+	}
+	m, err := r.copy(dst, src)
+	return n + m, err
+}
+
+// ended passes the end of one direction on.
+func (r *relaying) ended(dst, src net.Conn, err error) {
+	if err != nil {
+		dst.Close()
+		src.Close()
+		return
+	}
+	r.half1.Store(true)
+	_ = closeWrite(dst)
+	_ = dst.SetReadDeadline(time.Now().Add(r.limits.halfOpen))
+}
+
+// A buffer is only held while there is something in it: a thousand idle tunnels
+// cost no memory.
+var buffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
+
+func (r *relaying) copy(dst, src net.Conn) (total int64, err error) {
+	read := reader(src)
+	var armed time.Time
+	for {
+		if now := time.Now(); now.Sub(armed) > r.limit()/16 {
+			armed = now
+			_ = src.SetReadDeadline(now.Add(r.limit()))
+			_ = dst.SetWriteDeadline(now.Add(r.limit()))
+		}
+		buf, n, err := read()
+		if n > 0 {
+			r.touch()
+			n, werr := dst.Write(buf[:n])
+			total += int64(n)
+			if werr != nil {
+				err = werr
+			}
+		}
+		if buf != nil {
+			buffers.Put(buf)
+		}
+		switch {
+		case err == io.EOF:
+			return total, nil
+		case errors.Is(err, os.ErrDeadlineExceeded) && time.Since(time.Unix(0, r.last.Load())) < r.limit():
+			armed = time.Time{} // the other direction moves
+		case err != nil:
+			return total, err
+		}
+	}
+}
+
+// reader gives a function that waits for bytes before it takes a buffer.
+func reader(src net.Conn) func() (*[64 << 10]byte, int, error) {
+	plain := func() (*[64 << 10]byte, int, error) {
+		buf := buffers.Get().(*[64 << 10]byte)
+		n, err := src.Read(buf[:])
+		return buf, n, err
+	}
+	raw := src
+	var ahead *replayed
+	if r, ok := src.(*replayed); ok {
+		ahead, raw = r, r.Conn
+	}
+	sc, ok := raw.(syscall.Conn)
+	if !ok {
+		return plain
+	}
+	rc, err := sc.SyscallConn()
+	if err != nil {
+		return plain
+	}
+	return func() (buf *[64 << 10]byte, n int, err error) {
+		if ahead != nil && len(ahead.ahead) > 0 {
+			return plain()
+		}
+		waitErr := rc.Read(func(fd uintptr) bool {
+			buf = buffers.Get().(*[64 << 10]byte)
+			// read(2) on a Unix socket drops descriptors that come along.
+			n, err = ignoringEINTR(int(fd), buf[:])
+			if err == syscall.EAGAIN {
+				buffers.Put(buf)
+				buf, n = nil, 0
+				return false
+			}
+			return true
+		})
+		switch {
+		case waitErr != nil:
+			return buf, 0, waitErr
+		case err != nil:
+			return buf, 0, os.NewSyscallError("read", err)
+		case n == 0:
+			return buf, 0, io.EOF
+		}
+		return buf, n, nil
+	}
+}
+
+func ignoringEINTR(fd int, p []byte) (int, error) {
+	for {
+		n, err := syscall.Read(fd, p)
+		if err != syscall.EINTR {
+			return n, err
+		}
+	}
+}
