@@ -1,0 +1,124 @@
+package cli
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"os/user"
+
+	"github.com/bottle-tools/bottle/lib/audit"
+	"github.com/bottle-tools/bottle/lib/ca"
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/fdpass"
+	"github.com/bottle-tools/bottle/lib/gate"
+	"github.com/bottle-tools/bottle/lib/gateproc"
+	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/tool"
+	"github.com/bottle-tools/bottle/lib/trust"
+)
+
+// serveKeeper is the gate of a bottle: lib/gateproc has the contract. stdout
+// tells one thing, how the start went.
+func serveKeeper(ctx context.Context, p *tool.Proc) error {
+	g, l, log, err := keeperGate(p)
+	if err != nil {
+		return errors.Join(err, answer(p, gateproc.Ready{Error: plan.NewFailure("gate", err)}))
+	}
+	defer log.Close()
+	if err := answer(p, gateproc.Ready{OK: true}); err != nil {
+		l.Close()
+		return err
+	}
+	return g.Serve(ctx, l)
+}
+
+func answer(p *tool.Proc, r gateproc.Ready) error {
+	line, err := json.Marshal(r)
+	if err == nil {
+		_, err = p.Stdout.Write(append(line, '\n'))
+	}
+	if err != nil {
+		return fault.New(fault.IO, "write_failed", "answering the keeper: %w", err)
+	}
+	return nil
+}
+
+func keeperGate(p *tool.Proc) (*gate.Gate, net.Listener, *audit.Log, error) {
+	c, err := keeperConfig(p)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	cfg := gate.Config{Bottle: c.Bottle, Secrets: c.Secrets, Upstream: c.Upstream, Log: p.Stderr}
+	if cfg.RootsPEM, err = roots(c.Bottle, trust.Place{Base: c.Base, Home: home(p)}); err != nil {
+		return nil, nil, nil, err
+	}
+	if len(c.CA) > 0 {
+		if cfg.CA, err = ca.Unmarshal(c.CA); err != nil {
+			return nil, nil, nil, err
+		}
+	}
+	conns, err := fdpass.New(os.NewFile(gateproc.ConnFD, "connections"))
+	if err != nil {
+		return nil, nil, nil, fault.New(fault.Bug, "bug", "the keeper's descriptor: %w", err).
+			WithHint("--keeper is for bottle-vm; by hand, use --listen")
+	}
+	if cfg.Audit, err = audit.Open(c.Audit, audit.Options{Bottle: c.ID, Now: p.Now}); err != nil {
+		conns.Close()
+		return nil, nil, nil, err
+	}
+	g, err := gate.New(cfg)
+	if err != nil {
+		conns.Close()
+		cfg.Audit.Close()
+		return nil, nil, nil, err
+	}
+	return g, untilEOF{fdpass.NewListener(conns)}, cfg.Audit, nil
+}
+
+func keeperConfig(p *tool.Proc) (*gateproc.Config, error) {
+	bad := func(format string, args ...any) (*gateproc.Config, error) {
+		return nil, fault.New(fault.Data, "bad_config", "the keeper's configuration "+format, args...).
+			WithHint("--keeper is for bottle-vm; by hand, pipe a document into bottle-egress serve --listen …")
+	}
+	if tool.IsTerminal(p.Stdin) {
+		return bad("cannot be typed")
+	}
+	line, err := bufio.NewReader(io.LimitReader(p.Stdin, 2*plan.MaxBytes)).ReadBytes('\n')
+	if err != nil {
+		return bad("ends early: %w", err)
+	}
+	c := new(gateproc.Config)
+	// Its errors would quote the text, which holds secrets.
+	if json.Unmarshal(line, c) != nil || c.Bottle == nil || c.ID == "" || c.Audit == "" {
+		return bad("is not of the form of lib/gateproc")
+	}
+	return c, c.Bottle.Validate()
+}
+
+// home is for trust roots that start with ~. The keeper leaves its gate no
+// environment, so the system is asked.
+func home(p *tool.Proc) string {
+	if h := p.Getenv("HOME"); h != "" {
+		return h
+	}
+	u, err := user.Current()
+	if err != nil {
+		return ""
+	}
+	return u.HomeDir
+}
+
+// untilEOF ends a gate in order when its keeper has closed the other end.
+type untilEOF struct{ net.Listener }
+
+func (l untilEOF) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if errors.Is(err, io.EOF) {
+		err = net.ErrClosed
+	}
+	return c, err
+}
