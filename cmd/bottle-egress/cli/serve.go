@@ -148,6 +148,9 @@ func configure(ctx context.Context, p *tool.Proc, f serveFlags, b *plan.Bottle) 
 	if err != nil {
 		return cfg, err
 	}
+	if err := trusted(p, b, at); err != nil {
+		return cfg, err
+	}
 	if cfg.RootsPEM, err = roots(b, at); err != nil {
 		return cfg, err
 	}
@@ -191,21 +194,6 @@ func namesFiles(b *plan.Bottle) bool {
 // secrets fetches what the gate injects. One that is missing is only a warning:
 // its first use is refused.
 func secrets(ctx context.Context, p *tool.Proc, b *plan.Bottle, at trust.Place) (map[string]string, error) {
-	if !namesFiles(b) && len(b.Secrets) == 0 {
-		return nil, nil
-	}
-	if namesFiles(b) {
-		root, err := state.Open(p.Getenv)
-		if err != nil {
-			return nil, err
-		}
-		// What the gate does not touch needs no grant here.
-		touched := *b
-		touched.Mounts, touched.Image, touched.Workspace.Path = nil, plan.Image{Kind: "host"}, "."
-		if err := trust.Check(root, &touched, at, filepath.Join(at.Base, b.Manifest.Name)); err != nil {
-			return nil, err
-		}
-	}
 	values, missing, err := secret.Resolve(ctx, b.Secrets, secret.Options{
 		Base: at.Base, Home: at.Home, Getenv: p.Getenv, Warn: p.Warn,
 	})
@@ -216,6 +204,21 @@ func secrets(ctx context.Context, p *tool.Proc, b *plan.Bottle, at trust.Place) 
 		p.Warn("secret %s is missing (%s): requests that need it will be refused", m.Name, m.Why)
 	}
 	return values, nil
+}
+
+// trusted asks for the user's word where the plan reads or runs what lies
+// outside of the manifest's folder. Only what the gate touches counts here.
+func trusted(p *tool.Proc, b *plan.Bottle, at trust.Place) error {
+	touched := *b
+	touched.Mounts, touched.Image, touched.Workspace.Path = nil, plan.Image{Kind: "host"}, "."
+	if wanted, err := trust.Needed(&touched, at); err != nil || len(wanted) == 0 {
+		return err
+	}
+	root, err := state.Open(p.Getenv)
+	if err != nil {
+		return err
+	}
+	return trust.Check(root, &touched, at, filepath.Join(at.Base, b.Manifest.Name))
 }
 
 // authority makes the certificate authority for inspected hosts.
