@@ -68,11 +68,12 @@ func (l *loader) bottle(n node) *bottle {
 	}
 	// These need what stands above, wherever it stands in the file.
 	var presets []*policy.Preset
+	rs := newRules(0)
 	if e, ok := ms.get("egress"); ok {
-		b.egress, presets = l.egress(e)
+		b.egress, presets, rs = l.egress(e)
 	}
 	if s, ok := ms.get("secrets"); ok {
-		b.secrets = l.secrets(s, b)
+		b.secrets = l.secrets(s, b.user, rs)
 	}
 	if e, ok := ms.get("env"); ok {
 		l.secretInEnv(e, env, b)

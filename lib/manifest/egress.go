@@ -2,6 +2,7 @@ package manifest
 
 import (
 	"fmt"
+	"iter"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -15,35 +16,65 @@ import (
 // its list one by one for each request.
 const MaxPipelockHosts = 2000
 
-// endpoint is one host (or range) and port.
-type endpoint struct {
-	host string
-	port int
-}
-
-// rules collects the rules of one bottle.
+// rules collects the rules of one bottle. The allow rules of one host (or
+// range) are chained: last finds the newest, before the one before it, -1 none.
 type rules struct {
-	list []plan.Rule
-	// seen finds the rule that opened an endpoint first.
-	seen map[endpoint]int
-	// hosts finds the rules of a host.
-	hosts map[string][]int
+	list   []plan.Rule
+	last   map[string]int32
+	before []int32
 }
 
-func (l *loader) egress(n node) (plan.Policy, []*policy.Preset) {
+func newRules(size int) *rules {
+	return &rules{
+		list:   make([]plan.Rule, 0, size),
+		last:   make(map[string]int32, size),
+		before: make([]int32, 0, size),
+	}
+}
+
+// of goes through the allow rules of a host.
+func (rs *rules) of(key string) iter.Seq[*plan.Rule] {
+	return func(yield func(*plan.Rule) bool) {
+		i, ok := rs.last[key]
+		for ok && i >= 0 && yield(&rs.list[i]) {
+			i = rs.before[i]
+		}
+	}
+}
+
+func (rs *rules) count(key string) (n int) {
+	for range rs.of(key) {
+		n++
+	}
+	return n
+}
+
+// opened gives the allow rule of a host that has the port, or nil.
+func (rs *rules) opened(key string, port int) *plan.Rule {
+	for r := range rs.of(key) {
+		if slices.Contains(r.Ports, port) {
+			return r
+		}
+	}
+	return nil
+}
+
+func (l *loader) egress(n node) (plan.Policy, []*policy.Preset, *rules) {
 	p := plan.Policy{Proxy: "auto", Rules: []plan.Rule{}, Roots: []plan.Root{}}
 	ms, ok := l.object(n, "proxy", "presets", "allow", "deny", "inspect", "roots")
 	if !ok {
-		return p, nil
+		return p, nil, newRules(0)
 	}
 	if e, ok := ms.get("proxy"); ok {
 		p.Proxy = l.enum(e, "auto", "builtin", "pipelock")
 	}
-	rs := &rules{list: p.Rules, seen: map[endpoint]int{}, hosts: map[string][]int{}}
+	var entries []node
 	if e, ok := ms.get("allow"); ok {
-		for _, entry := range l.list(e) {
-			l.allow(entry, rs)
-		}
+		entries = l.list(e)
+	}
+	rs := newRules(len(entries))
+	for _, e := range entries {
+		l.allow(e, rs)
 	}
 	var presets []*policy.Preset
 	if e, ok := ms.get("presets"); ok {
@@ -65,7 +96,7 @@ func (l *loader) egress(n node) (plan.Policy, []*policy.Preset) {
 		l.bad(n, "too_many_hosts", "%d hosts are more than pipelock takes (%d)", `set "proxy" to "builtin", or allow fewer hosts`, allowed, MaxPipelockHosts)
 	}
 	p.Rules = rs.list
-	return p, presets
+	return p, presets, rs
 }
 
 // allow reads one entry of the allowlist: a string, or an object.
@@ -211,29 +242,36 @@ func (l *loader) addRule(n node, r plan.Rule, rs *rules) {
 	key := r.Host + r.CIDR
 	var ports []int
 	for _, p := range r.Ports {
-		first, taken := rs.seen[endpoint{key, p}]
-		if !taken {
+		old := rs.opened(key, p)
+		if old == nil {
 			ports = append(ports, p)
 			continue
 		}
-		if old := &rs.list[first]; old.Protocol != r.Protocol || !slices.Equal(old.Addresses, r.Addresses) {
+		if old.Protocol != r.Protocol || !slices.Equal(old.Addresses, r.Addresses) {
 			l.bad(n, "conflicting_rules", "contradicts %s about %s port %d", "keep one of the two", old.From, key, p)
 			return
 		}
 	}
-	if len(ports) > 0 {
-		r.Ports = ports
-		rs.add(r)
+	if len(ports) == 0 {
+		return
 	}
+	if rs.count(key) == policy.MaxPerHost {
+		l.bad(n, "too_many_entries", "%s has more than %d entries", "put the ports of a host into one entry", key, policy.MaxPerHost)
+		return
+	}
+	r.Ports = ports
+	rs.add(r)
 }
 
 func (rs *rules) add(r plan.Rule) {
-	key, i := r.Host+r.CIDR, len(rs.list)
-	for _, p := range r.Ports {
-		rs.seen[endpoint{key, p}] = i
+	key := r.Host + r.CIDR
+	before, ok := rs.last[key]
+	if !ok {
+		before = -1
 	}
-	rs.hosts[key] = append(rs.hosts[key], i)
+	rs.last[key] = int32(len(rs.list))
 	rs.list = append(rs.list, r)
+	rs.before = append(rs.before, before)
 }
 
 // presets adds their rules. An entry of allow takes the place of a preset's
@@ -261,7 +299,7 @@ func (l *loader) presets(n node, rs *rules) []*policy.Preset {
 		}
 		out = append(out, p)
 		for _, pr := range p.Rules {
-			if _, taken := rs.seen[endpoint{pr.Host, 443}]; !taken {
+			if rs.opened(pr.Host, 443) == nil {
 				rs.add(plan.Rule{Host: pr.Host, Ports: []int{443}, Protocol: "tls", Verdict: "allow",
 					Class: policy.ClassExact, Why: pr.Why, From: "preset " + p.Name})
 			}
@@ -309,8 +347,8 @@ func (l *loader) inspect(n node, rs *rules) {
 // any.
 func (rs *rules) markInspected(host string) bool {
 	found := false
-	for _, i := range rs.hosts[host] {
-		if r := &rs.list[i]; host != "" && r.Protocol == "tls" {
+	for r := range rs.of(host) {
+		if host != "" && r.Protocol == "tls" {
 			r.Inspect, found = true, true
 		}
 	}

@@ -89,7 +89,7 @@ func (l *loader) secretInEnv(n node, env []plan.EnvVar, b *bottle) {
 	}
 	for _, v := range env {
 		if slices.ContainsFunc(b.secrets, func(s plan.Secret) bool { return s.Name == v.Name }) {
-			l.bad(node{n.v, join(n.path, v.Name)}, "secret_in_env", "%s stands in env and in secrets", "remove it from env: the guest gets a placeholder, and the gate puts the value in", v.Name)
+			l.bad(node{v: n.v, base: n.path(), name: v.Name}, "secret_in_env", "%s stands in env and in secrets", "remove it from env: the guest gets a placeholder, and the gate puts the value in", v.Name)
 		}
 	}
 }

@@ -59,7 +59,7 @@ func Load(data []byte, name string, read func(path string) ([]byte, error)) (*Ma
 	l := &loader{name: name, data: data, read: read}
 	m := &Manifest{Name: name, bottles: map[string]*bottle{}, agents: map[string]*agent{}}
 	if v := l.parse(); v != nil {
-		l.manifest(m, node{v, ""})
+		l.manifest(m, node{v: v})
 	}
 	if len(l.problems) == 0 {
 		m.SHA256 = plan.SHA256(data)
@@ -110,7 +110,7 @@ func (l *loader) manifest(m *Manifest, root node) {
 			m.agents[a.name] = l.agent(a.node, m)
 		}
 		if named != nil && len(named) == 0 {
-			l.bad(n, "bad_value", "is empty", `describe at least one agent, such as "shell": { "bottle": "dev", "command": ["bash"] }`)
+			l.bad(n, "bad_value", "is empty", `describe at least one agent, such as "bash": { "bottle": "dev", "command": ["bash"] }`)
 		}
 	}
 }
@@ -128,7 +128,7 @@ func (l *loader) version(root node, ms members) bool {
 		return false
 	}
 	if err := plan.CheckVersion(s); err != nil {
-		l.record(fault.As(err).WithHint("this version of the tools reads %q", plan.FormatVersion).At(l.position(n.v.StartOffset) + ": " + n.path))
+		l.record(fault.As(err).WithHint("this version of the tools reads %q", plan.FormatVersion).At(l.position(n.v.StartOffset) + ": " + n.path()))
 		return false
 	}
 	return true

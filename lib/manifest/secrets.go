@@ -18,18 +18,14 @@ var framing = []string{
 	"proxy-authorization", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "via",
 }
 
-func (l *loader) secrets(n node, b *bottle) []plan.Secret {
+// secrets reads the secret-flow table. It marks the rules of the hosts that get
+// one as inspected.
+func (l *loader) secrets(n node, user string, rs *rules) []plan.Secret {
 	ms, _ := l.mapping(n)
-	rs := &rules{list: b.egress.Rules, hosts: map[string][]int{}}
-	for i, r := range rs.list {
-		if r.Verdict == "allow" && r.Host != "" {
-			rs.hosts[r.Host] = append(rs.hosts[r.Host], i)
-		}
-	}
 	taken := map[string]string{} // host and header -> secret
 	out := []plan.Secret{}
 	for _, m := range ms {
-		if !l.secretName(m, b) {
+		if !l.secretName(m, user) {
 			continue
 		}
 		out = append(out, l.secret(m, rs, taken))
@@ -40,11 +36,11 @@ func (l *loader) secrets(n node, b *bottle) []plan.Secret {
 
 // secretName checks a secret's name, which is also the variable that holds its
 // placeholder: it must not take the place of one that the bottle needs.
-func (l *loader) secretName(m member, b *bottle) bool {
+func (l *loader) secretName(m member, user string) bool {
 	if !l.envName(m) {
 		return false
 	}
-	if slices.ContainsFunc(base(b.user), func(v plan.EnvVar) bool { return v.Name == m.name }) {
+	if slices.ContainsFunc(base(user), func(v plan.EnvVar) bool { return v.Name == m.name }) {
 		l.bad(m.node, "bad_secret", "%s is a variable of the bottle", "give the secret another name", m.name)
 		return false
 	}

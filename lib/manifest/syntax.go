@@ -55,16 +55,23 @@ type loader struct {
 	more     int // problems beyond maxProblems
 }
 
-// node is one value and the path that leads to it, as in bottles.dev.env.
+// node is one value and the path that leads to it, as in bottles.dev.env. The
+// path is put together when it is asked for: most values are never named.
 type node struct {
-	v    *hujson.Value
-	path string
+	v     *hujson.Value
+	base  string // path of what holds it
+	name  string // in an object
+	index int    // in an array, from 1; 0 for a member
 }
 
-type member struct {
-	name string
-	node
+func (n node) path() string {
+	if n.index > 0 {
+		return n.base + "[" + strconv.Itoa(n.index-1) + "]"
+	}
+	return join(n.base, n.name)
 }
+
+type member struct{ node }
 
 // members are those of one object, in the order of the file.
 type members []member
@@ -199,7 +206,7 @@ func (l *loader) position(offset int) string {
 }
 
 // from is the provenance of a rule.
-func (l *loader) from(n node) string { return l.position(n.v.StartOffset) + " " + n.path }
+func (l *loader) from(n node) string { return l.position(n.v.StartOffset) + " " + n.path() }
 
 func (l *loader) record(f *fault.Error) {
 	if len(l.problems) == maxProblems {
@@ -230,13 +237,13 @@ func (l *loader) add(offset int, path, code, format, hint string, args ...any) {
 
 // bad records a problem with a value.
 func (l *loader) bad(n node, code, format, hint string, args ...any) {
-	l.add(n.v.StartOffset, n.path, code, format, hint, args...)
+	l.add(n.v.StartOffset, n.path(), code, format, hint, args...)
 }
 
 // badErr records what another package found wrong with a value.
 func (l *loader) badErr(n node, err error) {
 	f := fault.As(err)
-	l.record(f.At(l.position(n.v.StartOffset) + ": " + n.path))
+	l.record(f.At(l.position(n.v.StartOffset) + ": " + n.path()))
 }
 
 // kind names the type of a value for messages.
@@ -317,10 +324,11 @@ func (l *loader) mapping(n node) (members, bool) {
 	if len(obj.Members) > 16 {
 		seen = make(map[string]bool, len(obj.Members))
 	}
+	base := n.path()
 	for i := range obj.Members {
 		m := &obj.Members[i]
-		name := m.Name.Value.(hujson.Literal).String()
-		child := node{&m.Value, join(n.path, name)}
+		name := unquote(m.Name.Value.(hujson.Literal))
+		child := node{v: &m.Value, base: base, name: name}
 		twice := false
 		if seen != nil {
 			twice, seen[name] = seen[name], true
@@ -328,25 +336,40 @@ func (l *loader) mapping(n node) (members, bool) {
 			_, twice = out.get(name)
 		}
 		if twice {
-			l.add(m.Name.StartOffset, child.path, "duplicate_member", "member %s stands twice", "keep one of the two", quote(name))
+			l.add(m.Name.StartOffset, child.path(), "duplicate_member", "member %s stands twice", "keep one of the two", quote(name))
 			continue
 		}
-		out = append(out, member{name, child})
+		out = append(out, member{child})
 	}
 	return out, true
 }
 
-func join(path, name string) string {
-	if !plainMember.MatchString(name) {
-		return path + "[" + quote(name) + "]"
-	}
-	if path == "" {
+func join(base, name string) string {
+	switch {
+	case base == "" && name == "":
+		return ""
+	case !plainMember(name):
+		return base + "[" + quote(name) + "]"
+	case base == "":
 		return name
 	}
-	return path + "." + name
+	return base + "." + name
 }
 
-var plainMember = regexp.MustCompile(`^[$A-Za-z_][A-Za-z0-9_-]*$`)
+// plainMember tells if a name can stand in a path as it is.
+func plainMember(name string) bool {
+	return name != "" && !strings.ContainsFunc(name, func(r rune) bool {
+		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || r == '_' || r == '-' || r == '$')
+	})
+}
+
+// unquote reads a string of the syntax tree, which is known to be valid.
+func unquote(lit hujson.Literal) string {
+	if bytes.IndexByte(lit, '\\') < 0 {
+		return string(lit[1 : len(lit)-1])
+	}
+	return lit.String()
+}
 
 // list reads an array.
 func (l *loader) list(n node) []node {
@@ -355,9 +378,9 @@ func (l *loader) list(n node) []node {
 		l.wrongType(n, "an array")
 		return nil
 	}
-	out := make([]node, len(arr.Elements))
+	out, base := make([]node, len(arr.Elements)), n.path()
 	for i := range arr.Elements {
-		out[i] = node{&arr.Elements[i], n.path + "[" + strconv.Itoa(i) + "]"}
+		out[i] = node{v: &arr.Elements[i], base: base, index: i + 1}
 	}
 	return out
 }
@@ -370,7 +393,7 @@ func (l *loader) str(n node) (string, bool) {
 		return "", false
 	}
 	lit := n.v.Value.(hujson.Literal)
-	s := lit.String()
+	s := unquote(lit)
 	if strings.ContainsRune(s, utf8.RuneError) {
 		l.bad(n, "bad_utf8", "holds a character that is not valid Unicode", "write the character itself")
 		return "", false

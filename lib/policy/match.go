@@ -124,11 +124,23 @@ func (t *table) sortBits() {
 	slices.SortFunc(t.bits6, longest)
 }
 
+// MaxPerHost is how many allow rules may be about one host or range. Ports go
+// into one rule; the bound keeps the comparison of rules from being quadratic.
+const MaxPerHost = 100
+
 // checkConflicts refuses two allow rules that have the same host and port and
 // want different things: which one counts would be a matter of order.
 func (m *Matcher) checkConflicts() error {
 	for i := range m.rules {
-		for j := m.allow.next[i]; j >= 0 && m.rules[i].Verdict == "allow"; j = m.allow.next[j] {
+		if m.rules[i].Verdict != "allow" {
+			continue
+		}
+		n := 1
+		for j := m.allow.next[i]; j >= 0; j = m.allow.next[j] {
+			if n++; n > MaxPerHost {
+				return fault.New(fault.Data, "too_many_rules", "more than %d rules are about one host", MaxPerHost).
+					At(fmt.Sprintf("egress.rules[%d]", i)).WithHint("put the ports of a host into one rule")
+			}
 			if Conflict(&m.rules[i], &m.rules[j]) {
 				return fault.New(fault.Data, "conflicting_rules", "contradicts egress.rules[%d] about the same host and port", i).
 					At(fmt.Sprintf("egress.rules[%d]", j)).WithHint("keep one of the two")

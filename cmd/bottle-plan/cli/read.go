@@ -1,0 +1,117 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/manifest"
+	"github.com/bottle-tools/bottle/lib/tool"
+)
+
+// maxNamedFile bounds a file that a manifest or a user's settings name.
+const maxNamedFile = 4 << 20
+
+// loadManifest reads and checks a manifest; file "-" is stdin, and what it
+// names is then looked for in the working folder.
+func loadManifest(p *tool.Proc, file string) (*manifest.Manifest, error) {
+	data, err := manifestBytes(p, file)
+	if err != nil {
+		return nil, err
+	}
+	dir, name := ".", "-"
+	if file != "-" {
+		dir, name = filepath.Dir(file), filepath.Base(file)
+	}
+	return manifest.Load(data, name, func(path string) ([]byte, error) {
+		full, err := inManifest(dir, path, p.Getenv("HOME"))
+		if err == nil {
+			data, err = readRegular(full, maxNamedFile)
+		}
+		if err != nil {
+			return nil, manifest.ReadFailed(path, errors.Is(err, fs.ErrNotExist), errors.Unwrap(err))
+		}
+		return data, nil
+	})
+}
+
+func manifestBytes(p *tool.Proc, file string) ([]byte, error) {
+	if file == "-" {
+		if tool.IsTerminal(p.Stdin) {
+			return nil, fault.New(fault.Usage, "usage", "stdin is a terminal, and -m - reads the manifest from it").
+				WithHint("pipe the manifest in, or name the file with -m FILE")
+		}
+		return readAll(p.Stdin, "stdin")
+	}
+	if file == "" {
+		return nil, fault.New(fault.Usage, "usage", "-m names no file").WithHint("leave it out to read %s", defaultManifest)
+	}
+	f, err := os.Open(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fault.New(fault.NoInput, "no_manifest", "there is no manifest %s", file).
+			WithHint("bottle-plan init >%s writes one to start from; -m FILE names another", defaultManifest)
+	}
+	if err != nil {
+		return nil, unreadable(file, err)
+	}
+	defer f.Close()
+	if fi, err := f.Stat(); err == nil && fi.IsDir() {
+		return nil, fault.New(fault.NoInput, "no_manifest", "%s is a folder", file).
+			WithHint("name the file in it: -m %s", filepath.Join(file, defaultManifest))
+	}
+	return readAll(f, file)
+}
+
+func unreadable(file string, err error) error {
+	return fault.New(fault.NoInput, "unreadable_manifest", "reading the manifest: %w", err).WithHint("may you read %s?", file)
+}
+
+// readAll reads one byte more than a manifest may have, so that Load can tell.
+func readAll(r io.Reader, name string) ([]byte, error) {
+	data, err := io.ReadAll(io.LimitReader(r, manifest.MaxBytes+1))
+	if err != nil {
+		return nil, unreadable(name, err)
+	}
+	return data, nil
+}
+
+// inManifest resolves a path as a manifest writes it.
+func inManifest(dir, path, home string) (string, error) {
+	rest, inHome := strings.CutPrefix(path, "~")
+	switch {
+	case inHome && home == "":
+		return "", &fs.PathError{Op: "open", Path: path, Err: errors.New("HOME is not set")}
+	case inHome:
+		return filepath.Join(home, rest), nil
+	case filepath.IsAbs(path):
+		return path, nil
+	}
+	return filepath.Join(dir, path), nil
+}
+
+// readRegular reads a regular file. A FIFO or device would block, or never end;
+// O_NONBLOCK keeps the open itself from blocking.
+func readRegular(path string, max int64) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case !fi.Mode().IsRegular():
+		return nil, &fs.PathError{Op: "read", Path: path, Err: errors.New("not a regular file")}
+	case fi.Size() > max:
+		return nil, &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf("larger than %d MiB", max>>20)}
+	}
+	return io.ReadAll(io.LimitReader(f, max))
+}
