@@ -1,3 +1,5 @@
+//go:build unix
+
 // Package fdpass hands open descriptors from one process to another over a
 // SOCK_SEQPACKET pair (SCM_RIGHTS, unix(7)), one descriptor and one small
 // message a packet.
@@ -42,7 +44,7 @@ type Conn struct {
 // Pair makes a connected pair, both ends close-on-exec. The second end is left
 // as a file, ready to be given to another process.
 func Pair() (*Conn, *os.File, error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	fds, err := socketpair(unix.SOCK_SEQPACKET)
 	if err != nil {
 		return nil, nil, fmt.Errorf("socketpair: %w", err)
 	}
@@ -57,7 +59,7 @@ func Pair() (*Conn, *os.File, error) {
 
 // Stream makes a connected pair of stream sockets, both close-on-exec.
 func Stream() (a, b *os.File, err error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	fds, err := socketpair(unix.SOCK_STREAM)
 	if err != nil {
 		return nil, nil, fmt.Errorf("socketpair: %w", err)
 	}

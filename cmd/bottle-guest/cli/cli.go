@@ -1,0 +1,62 @@
+//go:build linux
+
+// Package cli is the body of bottle-guest. It uses no flag library: the binary
+// is in every guest, and its callers are the bottle tools alone.
+package cli
+
+import (
+	"fmt"
+	"io"
+	"runtime/debug"
+
+	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/guest/helper"
+)
+
+const usage = `usage: bottle-guest [init [CONFIG]]
+       bottle-guest tar-out PATH
+       bottle-guest tar-in DIR
+
+init is what the bottle tools start as the first process of a guest; CONFIG is
+` + engine.GuestConfig + ` by default. tar-out writes PATH as a tar stream to
+stdout, tar-in unpacks one from stdin below DIR. Example:
+
+    bottle-guest tar-out /workspace/report | tar -tf -
+`
+
+// Main runs the helper and gives its exit status (lib/fault).
+func Main(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	if len(args) == 0 {
+		args = []string{"init"}
+	}
+	verb, rest := args[0], args[1:]
+	switch {
+	case verb == "help" || verb == "--help" || verb == "-h":
+		fmt.Fprint(stdout, usage)
+		return fault.OK
+	case verb == "init" && len(rest) <= 1:
+		config := engine.GuestConfig
+		if len(rest) == 1 {
+			config = rest[0]
+		}
+		// It lives as long as the guest and holds next to nothing: memory is
+		// worth more than the time to collect it.
+		debug.SetGCPercent(25)
+		return report(stderr, fault.Host, helper.Run(config, stderr))
+	case verb == "tar-out" && len(rest) == 1:
+		return report(stderr, fault.IO, helper.TarOut(rest[0], stdout, stderr))
+	case verb == "tar-in" && len(rest) == 1:
+		return report(stderr, fault.IO, helper.TarIn(rest[0], stdin))
+	}
+	fmt.Fprint(stderr, usage)
+	return fault.Usage
+}
+
+func report(stderr io.Writer, status int, err error) int {
+	if err == nil {
+		return fault.OK
+	}
+	fmt.Fprintf(stderr, "bottle-guest: error: %v\n", err)
+	return status
+}

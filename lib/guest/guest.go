@@ -1,0 +1,121 @@
+// Package guest is what the keeper on the host and the helper in the guest
+// agree on: the helper's config file and the protocol by which the helper asks
+// for a way out.
+//
+// The helper is hostile to the keeper (whoever is root in the guest owns it):
+// the keeper takes nothing from it but the name of a service, chosen from a
+// list that the host fixed.
+package guest
+
+import (
+	"encoding/json"
+	"fmt"
+)
+
+// Transports of Config.
+const (
+	TransportFD   = "fd"   // FD is a SOCK_SEQPACKET socket to the Broker
+	TransportUnix = "unix" // each relay dials its own Socket
+)
+
+// ServiceEgress is the egress gate.
+const ServiceEgress = "egress"
+
+// Config is /opt/bottle/config.json: all the helper knows. It holds no secret.
+type Config struct {
+	Transport string  `json:"transport"` // fd | unix
+	FD        int     `json:"fd,omitempty"`
+	Relays    []Relay `json:"relays"`
+	Hostname  string  `json:"hostname"`
+	User      User    `json:"user"`
+	Files     []File  `json:"files,omitempty"` // laid into the home where absent
+
+	// CACert is the bottle's own CA, PEM. It is appended to every bundle that
+	// the image has.
+	CACert string `json:"ca_cert,omitempty"`
+	// CABundle is a file in the guest that holds the whole bundle; it becomes
+	// /etc/ssl/certs/ca-certificates.crt in an image that has none.
+	CABundle string `json:"ca_bundle,omitempty"`
+
+	// PidsMax is held by the guest kernel's own pids cgroup (gVisor). Zero:
+	// no limit.
+	PidsMax int `json:"pids_max,omitempty"`
+	// Prepared tells that /etc was written by the host: only the home and the
+	// limit are left to do.
+	Prepared bool `json:"prepared,omitempty"`
+}
+
+// Relay forwards TCP connections on Listen to a service of the host.
+type Relay struct {
+	Listen  string `json:"listen"`           // "127.0.0.1:3128"
+	Service string `json:"service"`          // transport fd: a name the Broker serves
+	Socket  string `json:"socket,omitempty"` // transport unix: a path in the guest
+}
+
+// User is who the agent is in the guest.
+type User struct {
+	Name string `json:"name"`
+	UID  int    `json:"uid"`
+	GID  int    `json:"gid"`
+	Home string `json:"home"`
+}
+
+// File is a small text file below the home.
+type File struct {
+	Path    string `json:"path"` // relative to the home
+	Content string `json:"content"`
+}
+
+// Kinds of packets. The guest sends ready once, or failed, and dial; the host
+// answers each dial with conn (and a descriptor) or refused.
+const (
+	kindReady   = "ready"
+	kindFailed  = "failed"
+	kindDial    = "dial"
+	kindConn    = "conn"
+	kindRefused = "refused"
+)
+
+// packet is the one form of all messages, as compact JSON.
+type packet struct {
+	Kind    string `json:"t"`
+	ID      uint64 `json:"id,omitempty"`
+	Service string `json:"service,omitempty"`
+	Text    string `json:"text,omitempty"`
+}
+
+// maxText bounds what a guest may have printed on the host.
+const maxText = 1024
+
+func (p packet) encode() []byte {
+	if len(p.Text) > maxText {
+		p.Text = p.Text[:maxText]
+	}
+	b, err := json.Marshal(p)
+	if err != nil {
+		panic(fmt.Sprintf("guest: packet of strings and numbers: %v", err))
+	}
+	return b
+}
+
+func decode(b []byte) (packet, error) {
+	var p packet
+	err := json.Unmarshal(b, &p)
+	return p, err
+}
+
+// printable keeps a hostile text from moving a terminal's cursor or faking log
+// lines.
+func printable(s string) string {
+	if len(s) > maxText {
+		s = s[:maxText]
+	}
+	out := make([]rune, 0, len(s))
+	for _, r := range s {
+		if r < ' ' || r == 0x7f || (r >= 0x80 && r < 0xa0) || r == 0x2028 || r == 0x2029 {
+			r = ' '
+		}
+		out = append(out, r)
+	}
+	return string(out)
+}

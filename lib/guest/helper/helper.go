@@ -1,0 +1,108 @@
+//go:build linux
+
+// Package helper is the body of bottle-guest: the first process in the guest.
+// It prepares what the image lacks, relays the loopback proxy port to the
+// gate, and reaps orphans. It runs as the guest's root with no capability left
+// but the one for low ports; the agent is another user and cannot touch it.
+package helper
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bottle-tools/bottle/lib/guest"
+)
+
+// Run is the life of the helper; it returns only on failure. configPath is
+// usually engine.GuestConfig. Problems that do not stop it go to stderr.
+func Run(configPath string, stderr io.Writer) error {
+	cfg, err := readConfig(configPath)
+	if err != nil {
+		return err
+	}
+	var dial dialFunc
+	ready, failed := func() error { return nil }, func(error) error { return nil }
+	switch cfg.Transport {
+	case guest.TransportFD:
+		unix.CloseOnExec(cfg.FD)
+		d, err := guest.NewDialer(os.NewFile(uintptr(cfg.FD), "gate"))
+		if err != nil {
+			return err
+		}
+		dial, ready, failed = fdDial(d), d.Ready, d.Failed
+	case guest.TransportUnix:
+		dial = socketDial
+	default:
+		return fmt.Errorf("%s: unknown transport %q", configPath, cfg.Transport)
+	}
+	if err := start(cfg, dial, stderr); err != nil {
+		return errors.Join(err, failed(err))
+	}
+	if err := ready(); err != nil {
+		return err
+	}
+	reap()
+	return nil
+}
+
+func readConfig(path string) (*guest.Config, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var cfg guest.Config
+	if err := json.Unmarshal(b, &cfg); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return &cfg, nil
+}
+
+// start does the set-up, gives up every privilege and begins to relay.
+func start(cfg *guest.Config, dial dialFunc, stderr io.Writer) error {
+	if err := setup("/", cfg); err != nil {
+		return err
+	}
+	listeners := make([]net.Listener, len(cfg.Relays))
+	for i, r := range cfg.Relays {
+		l, err := net.Listen("tcp", r.Listen)
+		if err != nil {
+			return fmt.Errorf("relay for %s: %w", r.Service, err)
+		}
+		listeners[i] = l
+	}
+	if err := drop(); err != nil {
+		return err
+	}
+	for i, r := range cfg.Relays {
+		go newRelay(r, dial, stderr).serve(listeners[i])
+	}
+	return nil
+}
+
+// reap collects the orphans that the kernel hands to the first process. It
+// never returns: the guest ends when its kernel is told to.
+func reap() {
+	child := make(chan os.Signal, 1)
+	signal.Notify(child, unix.SIGCHLD)
+	// The usual ways to end a process must not end the guest by accident.
+	signal.Ignore(unix.SIGHUP, unix.SIGINT, unix.SIGTERM, unix.SIGPIPE)
+	for {
+		for {
+			pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil)
+			if err == unix.EINTR {
+				continue
+			}
+			if err != nil || pid <= 0 {
+				break
+			}
+		}
+		<-child
+	}
+}

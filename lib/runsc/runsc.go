@@ -1,0 +1,430 @@
+//go:build linux
+
+// Package runsc is the one place that runs gVisor's runsc (bottle-runsc, built
+// from gvisor.dev/gvisor by tools/runsc): one function per subcommand, argv in
+// one place, a time limit on every call. What must not be seen in a process
+// list (commands, variables) goes to runsc by file, never by argv.
+package runsc
+
+import (
+	"bytes"
+	"context"
+	"debug/elf"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bottle-tools/bottle/lib/fault"
+)
+
+const (
+	// Name of the program beside the executable or on PATH.
+	Name = "bottle-runsc"
+	// Variable that overrides where it is found.
+	Variable = "BOTTLE_RUNSC"
+)
+
+// callLimit bounds every call but exec, whose command may run for ever.
+const callLimit = 30 * time.Second
+
+// ownStatus is runsc's exit status for failures of its own (runsc/cli/cli.go);
+// panicStatus is the Go runtime's.
+const (
+	ownStatus   = 128
+	panicStatus = 2
+)
+
+// Error is a failure of runsc itself.
+type Error struct {
+	Verb   string // run, exec, …
+	Status int    // exit status; -1 if it was killed or could not be started
+	Text   string // what it said, without its prefix; at most a few KiB
+	Err    error
+}
+
+func (e *Error) Error() string {
+	switch {
+	case e.Text != "":
+		return fmt.Sprintf("runsc %s: %s", e.Verb, e.Text)
+	case e.Err != nil:
+		return fmt.Sprintf("runsc %s: %v", e.Verb, e.Err)
+	}
+	return fmt.Sprintf("runsc %s: exit status %d without a message", e.Verb, e.Status)
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// Find gives the program's path: $BOTTLE_RUNSC, else bottle-runsc beside exe
+// (the running program), else on the PATH of getenv. A runsc that others have
+// installed is only used if the variable says so.
+func Find(getenv func(string) string, exe string) (string, error) {
+	if p := getenv(Variable); p != "" {
+		if err := executable(p); err != nil {
+			return "", fault.New(fault.Unavailable, "engine_missing", "%s=%s: %w", Variable, p, err).
+				WithHint("unset it, or let it name an executable file")
+		}
+		return filepath.Abs(p)
+	}
+	if exe != "" {
+		if p := filepath.Join(filepath.Dir(exe), Name); executable(p) == nil {
+			return p, nil
+		}
+	}
+	for _, dir := range filepath.SplitList(getenv("PATH")) {
+		// A relative PATH entry could be a file of the workspace.
+		if p := filepath.Join(dir, Name); filepath.IsAbs(dir) && executable(p) == nil {
+			return p, nil
+		}
+	}
+	return "", fault.New(fault.Unavailable, "engine_missing", "%s is neither beside this program nor on PATH", Name).
+		WithHint("run make, or set %s to the path of gVisor's runsc", Variable)
+}
+
+func executable(p string) error {
+	fi, err := os.Stat(p)
+	if err != nil {
+		return errors.Unwrap(err)
+	}
+	if !fi.Mode().IsRegular() {
+		return errors.New("not a regular file")
+	}
+	return unix.Access(p, unix.X_OK)
+}
+
+// CheckStatic refuses a dynamically linked runsc: it executes itself inside an
+// empty root folder, where no loader is.
+func CheckStatic(path string) error {
+	f, err := elf.Open(path)
+	if err != nil {
+		// A wrapper script is the user's own affair.
+		return nil
+	}
+	defer f.Close()
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP {
+			return fault.New(fault.Unavailable, "engine_unfit", "%s is dynamically linked and cannot start a sandbox", path).
+				WithHint("build it with CGO_ENABLED=0 (make does)")
+		}
+	}
+	return nil
+}
+
+// Runsc runs one program on one state folder. It may be copied.
+type Runsc struct {
+	Path string // the program
+	Root string // --root: one folder per bottle, short (sockets live in it)
+}
+
+// flags are the global flags of every call. Overlay: what the guest writes to
+// its root stays in memory. Cgroups are made by the engine, in a tenth of the
+// time that runsc takes. No host sockets, no host FIFOs (the defaults, spelled
+// out because isolation hangs on them).
+func (r Runsc) flags() []string {
+	return []string{
+		"--root=" + r.Root,
+		"--ignore-cgroups",
+		"--network=none",
+		"--overlay2=root:memory",
+		"--host-uds=none",
+		"--host-fifo=none",
+		"--host-settings=ignore",
+	}
+}
+
+func (r Runsc) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, r.Path, append(r.flags(), args...)...)
+	// runsc hands its environment on to sandbox and gofer: it gets none.
+	cmd.Env = []string{}
+	cmd.Dir = "/"
+	return cmd
+}
+
+// Version gives the first line of runsc --version.
+func (r Runsc) Version(ctx context.Context) (string, error) {
+	out, err := r.call(ctx, "version", "--version")
+	line, _, _ := strings.Cut(string(out), "\n")
+	return strings.TrimPrefix(line, "runsc version "), err
+}
+
+// RunOptions are for Run.
+type RunOptions struct {
+	ID      string
+	Bundle  string   // folder of config.json
+	PIDFile string   // the sandbox's pid is written here
+	Pass    *os.File // becomes descriptor 3 of the first process; may be nil
+	Output  *os.File // stdout and stderr of the first process; a pipe, never a regular file
+	// Started is called with runsc's own pid right after it was started.
+	Started func(pid int) error
+	// Attributes of the process that starts the sandbox; may be nil.
+	SysProcAttr *unix.SysProcAttr
+}
+
+// Run starts a sandbox and returns when its first process runs (run --detach:
+// one process, where create and start would be two). The sandbox outlives the
+// caller. Call it on a locked thread if SysProcAttr has a Pdeathsig.
+func (r Runsc) Run(ctx context.Context, o RunOptions) error {
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	args := []string{"run", "--detach", "--bundle=" + o.Bundle}
+	if o.PIDFile != "" {
+		args = append(args, "--pid-file="+o.PIDFile)
+	}
+	if o.Pass != nil {
+		args = append(args, "--pass-fd=3:3")
+	}
+	// runsc's own messages cannot go to its stderr: that is the first process's.
+	log, err := memfile("runsc log", nil)
+	if err != nil {
+		return &Error{Verb: "run", Status: -1, Err: err}
+	}
+	defer log.Close()
+	cmd := r.command(ctx, append([]string{"--log=/proc/self/fd/4"}, append(args, o.ID)...)...)
+	cmd.Stdout, cmd.Stderr = o.Output, o.Output
+	pass := o.Pass
+	if pass == nil {
+		if pass, err = os.Open(os.DevNull); err != nil {
+			return &Error{Verb: "run", Status: -1, Err: err}
+		}
+		defer pass.Close()
+	}
+	cmd.ExtraFiles = []*os.File{pass, log}
+	cmd.SysProcAttr = o.SysProcAttr
+	if err := cmd.Start(); err != nil {
+		return &Error{Verb: "run", Status: -1, Err: err}
+	}
+	if o.Started != nil {
+		if err := o.Started(cmd.Process.Pid); err != nil {
+			cmd.Process.Kill()
+			cmd.Wait()
+			return err
+		}
+	}
+	if err := cmd.Wait(); err != nil {
+		return failure(ctx, "run", cmd, logged(log), err)
+	}
+	return nil
+}
+
+// ExecOptions are for Exec. Stdin, Stdout and Stderr go to the command as they
+// are: pipes or a terminal of one's own, never a regular file (runsc reads and
+// writes those from offset 0) and never a file that others share (it is made
+// non-blocking).
+type ExecOptions struct {
+	ID      string
+	Process *Process
+	PIDFile string // the command's pid in the guest is written here; may be ""
+	Stdin   *os.File
+	Stdout  *os.File
+	Stderr  *os.File
+	// Session makes Stdin the controlling terminal of a session of its own, so
+	// that its signals (Ctrl-C, a new size) reach runsc, which passes them on.
+	Session bool
+	// Started is called with the process, to send it signals with Session.
+	Started func(*os.Process)
+}
+
+// Exec runs a command in a sandbox and gives its exit status, 128+n for a
+// signal. A failure of runsc's own is an *Error.
+func (r Runsc) Exec(ctx context.Context, o ExecOptions) (int, error) {
+	process, err := memfile("process.json", Encode(o.Process))
+	if err != nil {
+		return 0, &Error{Verb: "exec", Status: -1, Err: err}
+	}
+	defer process.Close()
+	log, err := memfile("runsc log", nil)
+	if err != nil {
+		return 0, &Error{Verb: "exec", Status: -1, Err: err}
+	}
+	defer log.Close()
+	// The command's stderr is passed apart from runsc's own.
+	args := []string{"exec", "--process=/proc/self/fd/3", "--pass-fd=4:2"}
+	if o.PIDFile != "" {
+		args = append(args, "--internal-pid-file="+o.PIDFile)
+	}
+	cmd := r.command(ctx, append(args, o.ID)...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = o.Stdin, o.Stdout, log
+	cmd.ExtraFiles = []*os.File{process, o.Stderr}
+	// A Ctrl-C at the caller's terminal is the caller's to pass on.
+	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
+	if o.Session {
+		cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Setctty: true, Ctty: 0}
+	}
+	if err := cmd.Start(); err != nil {
+		return 0, &Error{Verb: "exec", Status: -1, Err: err}
+	}
+	if o.Started != nil {
+		o.Started(cmd.Process)
+	}
+	err = cmd.Wait()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		return 0, &Error{Verb: "exec", Status: -1, Err: err}
+	}
+	status := cmd.ProcessState.ExitCode()
+	text := logged(log)
+	switch {
+	case status < 0:
+		return 0, failure(ctx, "exec", cmd, text, err)
+	case (status == ownStatus || status == panicStatus) && text != "":
+		return 0, failure(ctx, "exec", cmd, text, nil)
+	}
+	return status, nil
+}
+
+// Kill sends sig to the process with this pid in the guest; 0 is the first
+// process.
+func (r Runsc) Kill(ctx context.Context, id string, pid int, sig unix.Signal) error {
+	args := []string{"kill"}
+	if pid != 0 {
+		args = append(args, "--pid="+strconv.Itoa(pid))
+	}
+	_, err := r.call(ctx, "kill", append(args, id, strconv.Itoa(int(sig)))...)
+	return err
+}
+
+// Delete kills the sandbox and removes runsc's record of it. An id that runsc
+// does not know is success.
+func (r Runsc) Delete(ctx context.Context, id string) error {
+	_, err := r.call(ctx, "delete", "delete", "--force", id)
+	return err
+}
+
+// Stats are of the guest kernel's own accounting.
+type Stats struct {
+	MemoryBytes int64
+	Pids        int
+}
+
+// Stats asks a sandbox for its use of memory and its number of processes
+// (events --stats).
+func (r Runsc) Stats(ctx context.Context, id string) (Stats, error) {
+	out, err := r.call(ctx, "events", "events", "--stats", id)
+	if err != nil {
+		return Stats{}, err
+	}
+	var ev struct {
+		Data struct {
+			Memory struct {
+				Usage struct {
+					Usage int64 `json:"usage"`
+				} `json:"usage"`
+			} `json:"memory"`
+			Pids struct {
+				Current int `json:"current"`
+			} `json:"pids"`
+		} `json:"data"`
+	}
+	if err := json.Unmarshal(out, &ev); err != nil {
+		return Stats{}, &Error{Verb: "events", Err: err}
+	}
+	return Stats{MemoryBytes: ev.Data.Memory.Usage.Usage, Pids: ev.Data.Pids.Current}, nil
+}
+
+// Gofer gives the pid of the process that serves the sandbox's files, from
+// runsc's record: no subcommand tells it.
+func (r Runsc) Gofer(id string) (int, error) {
+	b, err := os.ReadFile(filepath.Join(r.Root, id+"_sandbox:"+id+".state"))
+	if err != nil {
+		return 0, err
+	}
+	var rec struct {
+		GoferPid int `json:"goferPid"`
+	}
+	if err := json.Unmarshal(b, &rec); err != nil {
+		return 0, err
+	}
+	return rec.GoferPid, nil
+}
+
+func (r Runsc) call(ctx context.Context, verb string, args ...string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	cmd := r.command(ctx, args...)
+	cmd.WaitDelay = time.Second
+	var out bytes.Buffer
+	var text capped
+	cmd.Stdout, cmd.Stderr = &out, &text
+	if err := cmd.Run(); err != nil {
+		return nil, failure(ctx, verb, cmd, strings.TrimSpace(text.String()), err)
+	}
+	return out.Bytes(), nil
+}
+
+func failure(ctx context.Context, verb string, cmd *exec.Cmd, text string, err error) error {
+	if ctx.Err() != nil {
+		err, text = fmt.Errorf("no answer in time: %w", context.Cause(ctx)), ""
+	}
+	status := -1
+	if cmd.ProcessState != nil {
+		status = cmd.ProcessState.ExitCode()
+	}
+	return &Error{Verb: verb, Status: status, Text: text, Err: err}
+}
+
+// maxText is how much of runsc's messages is kept.
+const maxText = 8 << 10
+
+// capped keeps the first maxText bytes.
+type capped struct{ bytes.Buffer }
+
+func (c *capped) Write(p []byte) (int, error) {
+	if room := maxText - c.Len(); room > 0 {
+		c.Buffer.Write(p[:min(room, len(p))])
+	}
+	return len(p), nil
+}
+
+// memfile is an anonymous file that a child opens as /proc/self/fd/N: nothing
+// is left behind on disk, whatever happens.
+func memfile(name string, content []byte) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("memfd: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), name)
+	if _, err := f.Write(content); err != nil {
+		f.Close()
+		return nil, err
+	}
+	// Written through a descriptor, it starts there; opened by name, at 0.
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// logged gives what runsc wrote: lines of text on stderr, or JSON objects with
+// a msg in --log.
+func logged(f *os.File) string {
+	b := make([]byte, maxText)
+	n, _ := f.ReadAt(b, 0)
+	b = b[:n]
+	var msgs []string
+	dec := json.NewDecoder(bytes.NewReader(b))
+	for {
+		var m struct {
+			Msg   string `json:"msg"`
+			Level string `json:"level"`
+		}
+		if dec.Decode(&m) != nil {
+			break
+		}
+		if m.Level == "error" {
+			msgs = append(msgs, m.Msg)
+		}
+	}
+	if len(msgs) > 0 {
+		return strings.Join(msgs, "; ")
+	}
+	return strings.TrimSpace(string(b))
+}
