@@ -35,7 +35,9 @@ type httpConn struct {
 	gate   *Gate
 	tunnel *tunnel // nil on the guest's own connection
 	frame  framing
-	bad    *Refusal // sticky
+	held   []byte // of a head that is not complete
+	ready  []byte // to be read by net/http
+	bad    atomic.Pointer[Refusal]
 	// between is set while no request is being answered.
 	between atomic.Bool
 
@@ -49,32 +51,40 @@ func (g *Gate) newHTTPConn(c net.Conn, t *tunnel) *httpConn {
 	return h
 }
 
+// Read gives net/http whole heads only, after they have been looked at: it
+// answers a bad first line before it has seen the rest.
 func (c *httpConn) Read(p []byte) (int, error) {
-	if c.bad != nil {
-		return 0, c.refuse()
-	}
-	inBody := c.frame.state != inHead && c.frame.state != inTunnel
-	if inBody {
-		c.extend()
-	}
-	n, err := c.Conn.Read(p)
-	if n == 0 {
-		return 0, err
-	}
-	ok, bad := c.frame.feed(p[:n])
-	if bad != nil {
-		c.bad = bad
-		if ok == 0 {
+	for len(c.ready) == 0 {
+		if c.bad.Load() != nil {
 			return 0, c.refuse()
 		}
-		return ok, nil
+		inBody := c.frame.state != inHead && c.frame.state != inTunnel
+		if inBody {
+			c.extend()
+		}
+		n, err := c.Conn.Read(p)
+		if n == 0 {
+			return 0, err
+		}
+		ok, bad := c.frame.feed(p[:n])
+		c.bad.Store(bad)
+		if inBody && c.frame.state == inHead {
+			// The rest is net/http's waiting for the client to go away, which
+			// may take as long as the answer does.
+			c.clear()
+		}
+		if len(c.held) == 0 && ok == n && c.frame.open() == 0 {
+			return n, nil
+		}
+		c.held = append(c.held, p[:ok]...)
+		whole := len(c.held) - c.frame.open()
+		c.ready, c.held = c.held[:whole:whole], c.held[whole:]
 	}
-	if inBody && c.frame.state == inHead {
-		// The rest is net/http's waiting for the client to go away, which may
-		// take as long as the answer does.
-		c.clear()
+	n := copy(p, c.ready)
+	if c.ready = c.ready[n:]; len(c.ready) == 0 && len(c.held) == 0 {
+		c.ready, c.held = nil, nil
 	}
-	return n, err
+	return n, nil
 }
 
 // extend lets the client take its time for a body as long as it sends.
@@ -113,15 +123,16 @@ func (c *httpConn) Write(p []byte) (int, error) {
 // requests the client is told; net/http, which would answer in its own words,
 // is given an end of file.
 func (c *httpConn) refuse() error {
+	bad := c.bad.Load()
 	if !c.between.CompareAndSwap(true, false) {
-		return c.bad
+		return bad
 	}
-	host, port := c.bad.Host, 0
+	host, port := bad.Host, 0
 	if c.tunnel != nil {
 		host, port = c.tunnel.host, c.tunnel.port
 	}
-	c.gate.deny(c.bad, c.gate.newEvent(audit.KindRequest, host, port))
-	_, _ = c.Write(c.bad.raw())
+	c.gate.deny(bad, c.gate.newEvent(audit.KindRequest, host, port))
+	_, _ = c.Write(bad.raw())
 	lingerClose(c.Conn)
 	return io.EOF
 }

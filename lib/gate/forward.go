@@ -112,13 +112,14 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 	began := time.Now()
 	e := g.newEvent(audit.KindRequest, "", 0)
 	e.Method, e.Path = r.Method, r.URL.Path
-	f := shapeOf(r)
-	if f == nil {
-		if t == nil {
-			t, f = g.target(r)
-		} else {
-			f = matchTunnel(r, t)
-		}
+	var f *Refusal
+	if t == nil {
+		t, f = g.target(r)
+	} else {
+		f = matchTunnel(r, t)
+	}
+	if bad := shapeOf(r); bad != nil {
+		f = bad
 	}
 	if t != nil {
 		e.Host, e.Port = t.host, t.port
@@ -154,8 +155,11 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 		return
 	}
 	// goproxy flushes event streams only, and not before the first event.
-	flush := http.NewResponseController(w)
-	x.flush = func() { _ = flush.Flush() }
+	rc := http.NewResponseController(w)
+	x.flush = func() { _ = rc.Flush() }
+	// An origin may answer while it still reads; without this net/http would
+	// cut the rest of the request's body off.
+	_ = rc.EnableFullDuplex()
 	defer x.end(began)
 	g.forward.ServeHTTP(w, r)
 }
@@ -170,7 +174,7 @@ func shapeOf(r *http.Request) *Refusal {
 		return refused("method_refused", "", 0, r.Method+" is refused", "use another method")
 	case r.Header.Get("Upgrade") != "" || r.Header.Get("Http2-Settings") != "":
 		return refused("upgrade_refused", "", 0, "changing the protocol of a connection is refused where the gate reads requests",
-			"use plain HTTP/1.1 requests; WebSocket works over TLS to hosts that are not inspected")
+			"use plain requests; WebSocket works over TLS to hosts that are not inspected")
 	}
 	return nil
 }
@@ -346,7 +350,10 @@ func (p *peeked) Read(b []byte) (int, error) {
 func (x *exchange) refuse(r *http.Request, err error) *http.Response {
 	f := asRefusal(err, x.host, x.port)
 	var untrusted *tls.CertificateVerificationError
+	bad := connOf(r).bad.Load() // in the request's body, so that net/http has ended its context
 	switch {
+	case bad != nil:
+		f = asRefusal(bad, x.host, x.port)
 	case errors.As(err, &untrusted):
 		f = refused("upstream_untrusted", x.host, x.port, "the host's certificate is not trusted: "+untrusted.Err.Error(),
 			`add the authority's PEM file to egress.roots in the manifest if it is yours`)
@@ -357,7 +364,11 @@ func (x *exchange) refuse(r *http.Request, err error) *http.Response {
 	if f.Status < 500 {
 		x.gate.deny(f, *x.event)
 	}
-	return f.response(r)
+	resp := f.response(r)
+	if bad != nil {
+		resp.Header.Set("Connection", "close")
+	}
+	return resp
 }
 
 func (x *exchange) end(began time.Time) {

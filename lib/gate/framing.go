@@ -41,9 +41,9 @@ const (
 // idle tells if the next byte would begin a request.
 func (f *framing) idle() bool { return f.state == inHead && len(f.buf) == 0 }
 
-// feed takes the next bytes of the connection. It returns how many of them may
-// be passed on, and why not more. The byte that completes a bad head is never
-// passed on.
+// feed takes the next bytes of the connection. It returns how many of them are
+// in order, and why not more. Those of an incomplete head (see open) are not to
+// be passed on yet.
 func (f *framing) feed(p []byte) (int, *Refusal) {
 	for n := 0; n < len(p); {
 		switch f.state {
@@ -89,16 +89,28 @@ func (f *framing) take(c byte) *Refusal {
 			Reason: "the head of a request may have " + strconv.Itoa(maxHead) + " bytes"}
 	}
 	f.buf = append(f.buf, c)
-	if c != '\n' {
-		if f.state == inChunkSize && len(f.buf) > maxChunk+1 {
-			return badRequest("a chunk size is too long, or has an extension")
+	if c == '\n' {
+		bad := f.line()
+		if bad != nil {
+			f.buf = f.buf[:len(f.buf)-1]
 		}
-		if f.state == inChunkEnd && c != '\r' {
-			return badRequest("a chunk is longer than its size")
-		}
-		return nil
+		return bad
 	}
-	return f.line()
+	switch {
+	case f.state == inChunkSize && len(f.buf) > maxChunk+1:
+		return badRequest("a chunk size is too long, or has an extension")
+	case f.state == inChunkEnd && c != '\r':
+		return badRequest("a chunk is longer than its size")
+	}
+	return nil
+}
+
+// open is how many of the bytes taken belong to a head that is not complete.
+func (f *framing) open() int {
+	if f.state == inHead {
+		return len(f.buf)
+	}
+	return 0
 }
 
 // line acts on a line that has just been completed.
@@ -130,8 +142,10 @@ func (f *framing) line() *Refusal {
 		}
 		f.next(inHead)
 	case inHead:
-		if len(f.buf) == 2 {
-			return badRequest("a request begins with an empty line")
+		// The first line is looked at as soon as it is there: other protocols
+		// have no second one, and would wait for an answer.
+		if bytes.IndexByte(f.buf, '\n') == len(f.buf)-1 {
+			return new(head).requestLine(string(f.buf[:len(f.buf)-2]))
 		}
 		if bytes.HasSuffix(f.buf, []byte("\r\n\r\n")) {
 			return f.endOfHead()
@@ -304,7 +318,7 @@ func cutPort(s string) (host, port string, ok bool) {
 		return host, port, ok && isPort(port)
 	}
 	host, port, more := strings.Cut(s, ":")
-	return host, port, host != "" && (!more || isPort(port))
+	return host, port, host != "" && !strings.Contains(host, "@") && (!more || isPort(port))
 }
 
 func isPort(s string) bool {

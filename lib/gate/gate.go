@@ -165,8 +165,10 @@ func New(cfg Config) (*Gate, error) {
 		ReadHeaderTimeout: g.limits.head,
 		IdleTimeout:       g.limits.keepAlive,
 		MaxHeaderBytes:    2 * maxHead, // framing is the tighter one
-		ErrorLog:          log.New(g.cfg.Log, "gate: ", 0),
-		ConnState:         connState,
+		// OPTIONS * would be answered without asking the gate.
+		DisableGeneralOptionsHandler: true,
+		ErrorLog:                     log.New(g.cfg.Log, "gate: ", 0),
+		ConnState:                    connState,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, connKey{}, c)
 		},
