@@ -1,0 +1,124 @@
+package smolvm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/smolvm"
+)
+
+// Delete ends the machine and removes all that was made for it. Idempotent.
+func (e *Engine) Delete(ctx context.Context, r engine.Ref) error {
+	if _, err := os.Lstat(ownDir(r.Dir)); errors.Is(err, fs.ErrNotExist) {
+		return nil // Start makes it first: without it there never was a machine
+	}
+	c, err := e.client(ctx)
+	if err != nil {
+		return err
+	}
+	if err := e.remove(ctx, c, r.ID, r.Dir); err != nil {
+		return err
+	}
+	return os.RemoveAll(ownDir(r.Dir))
+}
+
+// remove deletes the machine and then every monitor that still has its files:
+// smolvm 1.9.1 and 1.32.2 lose sight of a monitor whose start was cut off, say
+// "Deleted", and leave it running.
+func (e *Engine) remove(ctx context.Context, c *smolvm.Client, id, dir string) error {
+	dirs := dataDirs(ctx, c, id, dir)
+	var errs []error
+	m, err := c.MachineStatus(ctx, id)
+	switch {
+	case errors.Is(err, smolvm.ErrNotFound):
+	case err != nil:
+		errs = append(errs, err)
+	default:
+		if err := ours(c, m); err != nil {
+			return err
+		}
+		if err := c.MachineDelete(ctx, id); err != nil && !errors.Is(err, smolvm.ErrNotFound) {
+			errs = append(errs, err)
+		}
+	}
+	_, err = killMonitors(ctx, dirs)
+	return join(append(errs, err)...)
+}
+
+// dataDirs gives smolvm's folders for the machine: as it says now, and as was
+// noted before the start.
+func dataDirs(ctx context.Context, c *smolvm.Client, id, dir string) []string {
+	var dirs []string
+	if d, err := c.MachineDataDir(ctx, id); err == nil {
+		dirs = append(dirs, d)
+	}
+	var rec machineRecord
+	if b, err := os.ReadFile(machineFile(dir)); err == nil && json.Unmarshal(b, &rec) == nil &&
+		rec.Name == id && filepath.IsAbs(rec.DataDir) && filepath.Dir(rec.DataDir) != "/" {
+		dirs = append(dirs, rec.DataDir)
+	}
+	return dirs
+}
+
+// killMonitors ends the guest monitors whose files are in one of dirs, and gives
+// how many there were.
+func killMonitors(ctx context.Context, dirs []string) (int, error) {
+	var errs []error
+	killed := 0
+	for _, pid := range processes() {
+		if !monitorOf(pid, dirs) {
+			continue
+		}
+		killed++
+		// The pid may be another's by the time it is held: look again.
+		if err := killProcess(ctx, pid, func() bool { return monitorOf(pid, dirs) }); err != nil {
+			errs = append(errs, fmt.Errorf("guest monitor %d: %w", pid, err))
+		}
+	}
+	return killed, join(errs...)
+}
+
+// join is errors.Join on one line.
+func join(errs ...error) error {
+	var all error
+	for _, err := range errs {
+		switch {
+		case err == nil:
+		case all == nil:
+			all = err
+		default:
+			all = fmt.Errorf("%w; and %w", all, err)
+		}
+	}
+	return all
+}
+
+// monitorOf tells whether pid is "… _boot-vm DIR/boot-config.json" with DIR in
+// dirs, the form in which smolvm starts a guest's monitor.
+func monitorOf(pid int, dirs []string) bool {
+	argv := argvOf(pid)
+	if len(argv) < 3 || argv[1] != "_boot-vm" {
+		return false
+	}
+	for _, d := range dirs {
+		if filepath.Dir(argv[2]) == filepath.Clean(d) {
+			return true
+		}
+	}
+	return false
+}
+
+// waitEnd blocks until the guest's monitor has ended.
+func waitEnd(ctx context.Context, pid int) error {
+	if pid <= 0 {
+		return fault.New(fault.Unavailable, "smolvm_no_pid", "smolvm does not tell the process of its guest").WithHint("%s", install)
+	}
+	return waitProcess(ctx, pid)
+}

@@ -1,0 +1,189 @@
+// Package smolvm is the engine that runs a bottle in a microVM of smolvm.
+//
+// The guest has no network device. Its one way out is a unix socket that smolvm
+// mounts from the host (--mount-socket), behind which is the bottle's gate. The
+// machine's workload, the first process of its container, is the guest helper.
+// Commands run through "machine exec" and the helper's runner, so that neither
+// variables nor secrets are ever in an argv.
+//
+// What smolvm cannot hold against a guest that is root in its own kernel is
+// refused (78) and not approximated: see Prepare.
+package smolvm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+
+	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/smolvm"
+)
+
+// LabelOwner marks the machines of the bottle tools, "owner=bottle"; smolvm keeps
+// labels since 1.8.0. What does not carry it is never deleted.
+const (
+	LabelOwner = "owner"
+	OwnerValue = "bottle"
+)
+
+// Engine implements engine.Engine. Make it with New.
+type Engine struct {
+	getenv func(string) string
+	env    []string
+
+	mu     sync.Mutex
+	cached *smolvm.Client
+}
+
+var _ engine.Engine = (*Engine)(nil)
+
+// New gives the engine. environ is the environment of the caller, of which
+// smolvm gets what it needs and nothing else.
+func New(environ []string) *Engine {
+	return &Engine{getenv: lookup(environ), env: programEnv(environ)}
+}
+
+func lookup(environ []string) func(string) string {
+	return func(name string) string {
+		for i := len(environ) - 1; i >= 0; i-- {
+			if v, ok := strings.CutPrefix(environ[i], name+"="); ok {
+				return v
+			}
+		}
+		return ""
+	}
+}
+
+// programEnv keeps secrets of the caller's environment away from smolvm, and
+// variables that would change what smolvm was asked for.
+func programEnv(environ []string) []string {
+	keep := func(name string) bool {
+		switch name {
+		case "SMOLVM_MACHINE_NAME", "SMOLVM_VM_UID", "SMOLVM_VM_GID", "SMOLVM_SNAPSHOT_DIR":
+			return false
+		case "HOME", "PATH", "USER", "LOGNAME", "LANG", "TERM", "TMPDIR":
+			return true
+		}
+		for _, prefix := range []string{"SMOLVM_", "XDG_", "LC_", "BOTTLE_"} {
+			if strings.HasPrefix(name, prefix) {
+				return true
+			}
+		}
+		return false
+	}
+	out := []string{}
+	for _, e := range environ {
+		if name, _, ok := strings.Cut(e, "="); ok && keep(name) {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
+func (e *Engine) Name() string                { return "smolvm" }
+func (e *Engine) Transport() engine.Transport { return engine.Socket }
+
+// client finds smolvm and asks for its version, once.
+func (e *Engine) client(ctx context.Context) (*smolvm.Client, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.cached != nil {
+		return e.cached, nil
+	}
+	bin, err := smolvm.Find(e.getenv)
+	if err != nil {
+		return nil, err
+	}
+	c, err := smolvm.Open(ctx, bin, e.env)
+	if err != nil {
+		return nil, err
+	}
+	e.cached = c
+	return c, nil
+}
+
+// Available tells whether there is a smolvm that can hold a bottle (69), and
+// whether this user can run one with it (78).
+func (e *Engine) Available(ctx context.Context) error {
+	c, err := e.client(ctx)
+	if err != nil {
+		return err
+	}
+	if err := checkVersion(c); err != nil {
+		return err
+	}
+	return e.checkUser(os.Geteuid())
+}
+
+const install = "install the newest Python package smolmachines (its smol/smol-vmm is the smolvm command)"
+
+func checkVersion(c *smolvm.Client) error {
+	what := ""
+	switch {
+	case c.Version.Less(smolvm.SinceMountSocket):
+		what = fmt.Sprintf("cannot mount a host socket, which came with %s", smolvm.SinceMountSocket)
+	case c.Version.Less(smolvm.SinceSockets):
+		what = "has mounted sockets that hang under load and get lost"
+	default:
+		return nil
+	}
+	return fault.New(fault.Unavailable, "smolvm_too_old", "%s is smolvm %s, which %s; a bottle needs %s or newer",
+		c.Bin, c.Version, what, smolvm.SinceSockets).WithHint(install)
+}
+
+// checkUser refuses root unless smolvm's own change of user is off. As root
+// smolvm runs each guest's monitor as a user of its own (2000000 and up), who
+// can reach neither the bottle's gate nor its workspace.
+func (e *Engine) checkUser(euid int) error {
+	if runtime.GOOS != "linux" || euid != 0 || e.getenv("SMOLVM_VM_UID_DROP") == "off" {
+		return nil
+	}
+	return fault.New(fault.Host, "smolvm_root", "as root, smolvm gives each guest's monitor a user id of its own, which can reach neither the gate nor the workspace").
+		WithHint("run it as a plain user who may open /dev/kvm, or set SMOLVM_VM_UID_DROP=off to let the monitor be root")
+}
+
+// refuse makes the fault for a clause of the plan that smolvm cannot hold.
+func refuse(code, where, hint, format string, args ...any) error {
+	return fault.New(fault.Host, code, "engine smolvm: "+format, args...).At(where).WithHint("%s", hint)
+}
+
+// ours tells whether the machine is one of the bottle tools'.
+func ours(c *smolvm.Client, m smolvm.Machine) error {
+	if c.Version.Less(smolvm.SinceLabel) || m.Labels[LabelOwner] == OwnerValue {
+		return nil
+	}
+	return fault.New(fault.NoPerm, "smolvm_foreign_machine", "the smolvm machine %s was not made by the bottle tools", m.Name).
+		WithHint("look at it with: smolvm machine status --name %s", m.Name)
+}
+
+// Alive tells whether the guest runs. A machine that smolvm calls unreachable is
+// slow, not dead, as long as its monitor lives.
+func (e *Engine) Alive(ctx context.Context, r engine.Ref) (bool, error) {
+	c, err := e.client(ctx)
+	if err != nil {
+		return false, err
+	}
+	m, err := c.MachineStatus(ctx, r.ID)
+	if errors.Is(err, smolvm.ErrNotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return running(m), nil
+}
+
+func running(m smolvm.Machine) bool {
+	switch m.State {
+	case "created", "stopped", "failed":
+		return false
+	case "running":
+		return m.PID == 0 || exists(m.PID)
+	}
+	return m.PID > 0 && exists(m.PID)
+}

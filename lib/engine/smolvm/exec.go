@@ -1,0 +1,265 @@
+package smolvm
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/engine/smolvm/runner"
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/smolvm"
+)
+
+const (
+	execTries   = 4
+	signalLimit = 10 * time.Second
+	ranLimit    = 20 * time.Second
+)
+
+// newMarker gives 32 hex digits that no guest can guess.
+func newMarker() (string, error) {
+	var b [16]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(b[:]), nil
+}
+
+// Exec runs the command through the helper's runner; see package runner.
+func (e *Engine) Exec(ctx context.Context, r engine.Ref, q engine.ExecRequest) (int, error) {
+	c, err := e.client(ctx)
+	if err != nil {
+		return 0, err
+	}
+	marker, err := newMarker()
+	if err != nil {
+		return 0, err
+	}
+	file, err := putRequest(r, q, marker)
+	if err != nil {
+		return 0, err
+	}
+	defer os.Remove(file)
+
+	stop := e.passSignals(ctx, c, r.ID, marker, q.Signals)
+	defer stop()
+	a := smolvm.Attached{Stdin: q.Stdin, Stdout: q.Stdout, Stderr: q.Stderr, TTY: q.TTY, Dir: "/",
+		Ran: func(ctx context.Context) (int, bool) { return ran(ctx, c, r.ID, marker) }}
+	for try := 1; ; try++ {
+		status, err := c.MachineExecAttached(ctx, r.ID, a, engine.GuestHelper, "run", marker)
+		// A guest that is slow to answer is called "not running" too. smolvm
+		// finds that out before it reads any input.
+		if !errors.Is(err, smolvm.ErrNotRunning) || try == execTries {
+			return status, err
+		}
+		if alive, aerr := e.Alive(ctx, r); aerr != nil || !alive {
+			return status, err
+		}
+		if serr := sleep(ctx, probePause); serr != nil {
+			return status, serr
+		}
+	}
+}
+
+// putRequest writes the request where the guest sees it. The state folder is
+// 0700, so on the host only the bottle's owner can read it.
+func putRequest(r engine.Ref, q engine.ExecRequest, marker string) (string, error) {
+	user := q.User
+	if user == "" && r.Bottle != nil {
+		user = r.Bottle.User
+	}
+	u := userOf(user)
+	req := runner.Request{Argv: q.Argv, Env: mergeEnv(r.Env, q.Env), Dir: q.Dir, UID: u.UID, GID: u.GID}
+	if req.Dir == "" {
+		req.Dir = engine.GuestWorkspace
+	}
+	b, err := json.Marshal(req)
+	if err != nil {
+		return "", err
+	}
+	file := filepath.Join(guestDir(r.Dir), requestsDir, marker+".json")
+	err = os.WriteFile(file, b, 0o600)
+	if errors.Is(err, os.ErrNotExist) {
+		return "", fault.New(fault.Unavailable, "not_running", "bottle %s does not run", r.ID).WithHint("see what runs with: bottle-vm ls")
+	}
+	return file, err
+}
+
+// mergeEnv lays over on top of base; the last value of a name counts.
+func mergeEnv(base, over []string) []string {
+	at := map[string]int{}
+	out := []string{}
+	for _, kv := range append(append([]string{}, base...), over...) {
+		name, _, _ := strings.Cut(kv, "=")
+		if i, ok := at[name]; ok {
+			out[i] = kv
+			continue
+		}
+		at[name] = len(out)
+		out = append(out, kv)
+	}
+	return out
+}
+
+// ran asks the runner how the command ended.
+func ran(ctx context.Context, c *smolvm.Client, id, marker string) (int, bool) {
+	r, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: ranLimit}, engine.GuestHelper, "ran", marker)
+	if err != nil || r.Code != 0 {
+		return 0, false
+	}
+	var s runner.State
+	if json.Unmarshal(r.Stdout, &s) != nil || !s.Ended || s.Status < 0 || s.Status > 255 {
+		return 0, false
+	}
+	return s.Status, true
+}
+
+// passSignals gives each signal to the command by a call of its own, in order.
+func (e *Engine) passSignals(ctx context.Context, c *smolvm.Client, id, marker string, signals <-chan os.Signal) (stop func()) {
+	if signals == nil {
+		return func() {}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case s, ok := <-signals:
+				if !ok {
+					return
+				}
+				if n, ok := s.(syscall.Signal); ok {
+					// The command may be gone already; its status tells.
+					_, _ = c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: signalLimit}, engine.GuestHelper, "signal", marker, strconv.Itoa(int(n)))
+				}
+			}
+		}
+	})
+	return func() { cancel(); wg.Wait() }
+}
+
+// CopyOut writes a tar stream of the guest path to w.
+func (e *Engine) CopyOut(ctx context.Context, r engine.Ref, path string, w io.Writer) error {
+	return e.pipe(ctx, r, []string{engine.GuestHelper, "tar-out", path}, nil, w)
+}
+
+// CopyIn unpacks a tar stream below the guest folder dir.
+func (e *Engine) CopyIn(ctx context.Context, r engine.Ref, dir string, rd io.Reader) error {
+	return e.pipe(ctx, r, []string{engine.GuestHelper, "tar-in", dir}, rd, nil)
+}
+
+// pipe runs argv as the bottle's user with in and out as its streams.
+func (e *Engine) pipe(ctx context.Context, r engine.Ref, argv []string, in io.Reader, out io.Writer) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	q := engine.ExecRequest{Argv: argv, Dir: "/"}
+	var streams []*stream
+	open := func(run func(*os.File) error, guestReads bool) (*os.File, error) {
+		s, err := newStream(run, guestReads, cancel)
+		if err != nil {
+			return nil, err
+		}
+		streams = append(streams, s)
+		return s.far, nil
+	}
+	var err error
+	if in != nil {
+		if q.Stdin, err = open(func(f *os.File) error { _, err := io.Copy(f, in); return err }, true); err != nil {
+			return err
+		}
+	}
+	if out != nil {
+		if q.Stdout, err = open(func(f *os.File) error { _, err := io.Copy(out, f); return err }, false); err != nil {
+			return err
+		}
+	}
+	var said tail
+	if q.Stderr, err = open(func(f *os.File) error { _, err := io.Copy(&said, f); return err }, false); err != nil {
+		return err
+	}
+	status, err := e.Exec(ctx, r, q)
+	for _, s := range streams {
+		// Our own trouble is why the rest failed.
+		if serr := s.finish(err == nil && status == 0); serr != nil {
+			err = serr
+		}
+	}
+	if err != nil {
+		return err
+	}
+	if status != 0 {
+		return fault.New(fault.IO, "guest_copy", "copying in the guest failed with status %d: %q", status, said.String()).
+			WithHint("see that the path exists in the guest and that its user may use it")
+	}
+	return nil
+}
+
+// stream is an os.Pipe with the guest's end and a goroutine at ours.
+type stream struct {
+	near, far *os.File
+	done      chan error
+	reads     bool
+}
+
+func newStream(run func(*os.File) error, guestReads bool, abort func()) (*stream, error) {
+	rd, wr, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	s := &stream{near: rd, far: wr, done: make(chan error, 1), reads: guestReads}
+	if guestReads {
+		s.near, s.far = wr, rd
+	}
+	go func() {
+		err := run(s.near)
+		if guestReads && errors.Is(err, syscall.EPIPE) {
+			err = nil // the guest stopped reading; its status says why
+		}
+		s.near.Close()
+		if err != nil {
+			abort()
+		}
+		s.done <- err
+	}()
+	return s, nil
+}
+
+// finish gives up the guest's end and waits for ours. The source of a guest
+// that failed may never end and is not waited for: its next write fails.
+func (s *stream) finish(ok bool) error {
+	s.far.Close()
+	if s.reads && !ok {
+		select {
+		case err := <-s.done:
+			return err
+		default:
+			return nil
+		}
+	}
+	return <-s.done
+}
+
+// tail keeps the first part of what the guest said.
+type tail struct{ bytes.Buffer }
+
+func (t *tail) Write(p []byte) (int, error) {
+	const most = 2 << 10
+	if room := most - t.Len(); room > 0 {
+		t.Buffer.Write(p[:min(len(p), room)])
+	}
+	return len(p), nil
+}

@@ -1,0 +1,36 @@
+// Package runner is the part of the guest helper that runs commands in a
+// smolvm guest. "smolvm machine exec" can neither take a command's environment
+// off its own argv, nor (before 1.15) change the user, nor pass a signal on,
+// nor tell its own failure from the command's exit 1. So it always runs
+//
+//	/opt/bottle/guest run MARKER      what /opt/bottle/run/MARKER.json asks for
+//	/opt/bottle/guest ran MARKER      the status it ended with, as JSON
+//	/opt/bottle/guest signal MARKER N send signal N to it
+//
+// MARKER is random for each command. What ran and how it ended is written below
+// StateDir, which only the guest's root can write: the agent cannot forge it.
+package runner
+
+import "github.com/bottle-tools/bottle/lib/engine"
+
+// RequestDir is where the host puts requests; the guest sees it read-only.
+const RequestDir = engine.GuestDir + "/run"
+
+// StateDir is the guest's own memory of what ran.
+const StateDir = "/run/bottle-run"
+
+// Request is one command.
+type Request struct {
+	Argv []string `json:"argv"`
+	Env  []string `json:"env"` // K=V, the whole environment
+	Dir  string   `json:"dir"` // absolute
+	UID  int      `json:"uid"`
+	GID  int      `json:"gid"`
+}
+
+// State is what is known of a command: running, or ended with Status.
+type State struct {
+	PID    int  `json:"pid"`
+	Ended  bool `json:"ended"`
+	Status int  `json:"status"`
+}

@@ -1,0 +1,341 @@
+package smolvm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/guest"
+	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/smolvm"
+)
+
+// Below the bottle's state folder:
+//
+//	smolvm/machine.json   what Delete needs when smolvm knows nothing any more
+//	smolvm/guest/         the guest's /opt/bottle: helper, config, CA, requests
+const (
+	caBundle    = "ca-bundle.pem"
+	requestsDir = "run"
+)
+
+func ownDir(dir string) string      { return filepath.Join(dir, "smolvm") }
+func guestDir(dir string) string    { return filepath.Join(ownDir(dir), "guest") }
+func machineFile(dir string) string { return filepath.Join(ownDir(dir), "machine.json") }
+
+// Polling of a guest that is slow to answer. On emulated hardware smolvm says
+// "not running" for seconds after a start that worked.
+const (
+	probeTries   = 10
+	probePause   = time.Second
+	probeLimit   = 30 * time.Second
+	cleanupLimit = 2 * time.Minute
+)
+
+// machineRecord is machine.json.
+type machineRecord struct {
+	Name    string `json:"name"`
+	DataDir string `json:"data_dir"` // smolvm's folder for this machine
+}
+
+// Start creates the machine, boots it with the guest helper as its workload,
+// and returns when a command ran in it. On failure nothing is left.
+func (e *Engine) Start(ctx context.Context, s *engine.Spec) (*engine.Started, error) {
+	if err := e.Prepare(ctx, s); err != nil {
+		return nil, err
+	}
+	c, err := e.client(ctx)
+	if err != nil {
+		return nil, err
+	}
+	pid, err := e.bringUp(ctx, c, s)
+	if errors.Is(err, smolvm.ErrAlreadyExists) {
+		return nil, join(err, os.RemoveAll(ownDir(s.Dir))) // the machine is not this one
+	}
+	if err != nil {
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupLimit)
+		defer cancel()
+		return nil, join(err, e.Delete(clean, engine.Ref{ID: s.ID, Dir: s.Dir}))
+	}
+	return &engine.Started{
+		Enforcement: enforcement(s.Bottle.Resources),
+		Wait:        func(ctx context.Context) error { return waitEnd(ctx, pid) },
+	}, nil
+}
+
+// enforcement: a microVM's processors and memory are what the host gave it.
+func enforcement(r plan.Resources) plan.Enforcement {
+	by := func(limit int) string {
+		if limit > 0 {
+			return "engine"
+		}
+		return "none"
+	}
+	return plan.Enforcement{Memory: by(r.MemoryMiB), CPUs: by(r.CPUs), Pids: "none"}
+}
+
+func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) (pid int, err error) {
+	if err := stage(s); err != nil {
+		return 0, err
+	}
+	spec, err := createSpec(c, s)
+	if err != nil {
+		return 0, err
+	}
+	if err := c.MachineCreate(ctx, s.ID, spec); err != nil {
+		return 0, err
+	}
+	if err := remember(ctx, c, s.ID, s.Dir); err != nil {
+		return 0, err
+	}
+	if err := startTwice(ctx, c, s.ID, s.Dir); err != nil {
+		return 0, explainBoot(err, e.getenv)
+	}
+	m, err := c.MachineStatus(ctx, s.ID)
+	if err != nil {
+		return 0, err
+	}
+	if m.PID > 0 && s.Record != nil {
+		if err := s.Record("smolvm", m.PID); err != nil {
+			return 0, err
+		}
+	}
+	return m.PID, probe(ctx, c, s.ID)
+}
+
+func createSpec(c *smolvm.Client, s *engine.Spec) (smolvm.CreateSpec, error) {
+	vs, err := volumes(s)
+	if err != nil {
+		return smolvm.CreateSpec{}, err
+	}
+	spec := smolvm.CreateSpec{
+		CPUs:    s.Bottle.Resources.CPUs,
+		MemMiB:  s.Bottle.Resources.MemoryMiB,
+		Image:   s.Rootfs + "/", // a folder, never a reference
+		Volumes: vs,
+		Sockets: []smolvm.Socket{{Host: s.GateSocket, Guest: engine.GuestSocket}},
+		Command: []string{engine.GuestHelper, "init", engine.GuestConfig},
+	}
+	if !c.Version.Less(smolvm.SinceLabel) {
+		spec.Labels = []smolvm.Label{{Key: LabelOwner, Value: OwnerValue}}
+	}
+	return spec, nil
+}
+
+// stage makes the guest's /opt/bottle on the host.
+func stage(s *engine.Spec) error {
+	dir := guestDir(s.Dir)
+	if err := os.MkdirAll(filepath.Join(dir, requestsDir), 0o755); err != nil {
+		return err
+	}
+	cfg, err := json.Marshal(guestConfig(s))
+	if err != nil {
+		return err
+	}
+	for name, data := range map[string][]byte{"config.json": cfg, caBundle: s.CABundle} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o644); err != nil {
+			return err
+		}
+	}
+	return copyFile(s.GuestHelper, filepath.Join(dir, filepath.Base(engine.GuestHelper)), 0o755)
+}
+
+func guestConfig(s *engine.Spec) guest.Config {
+	u := userOf(s.Bottle.User)
+	u.Home = engine.GuestHome
+	cfg := guest.Config{
+		Transport: guest.TransportUnix,
+		Relays:    []guest.Relay{{Listen: engine.GuestProxy, Service: guest.ServiceEgress, Socket: engine.GuestSocket}},
+		Hostname:  s.Bottle.ID,
+		User:      u,
+		CACert:    string(s.CACert),
+	}
+	if len(s.CABundle) > 0 {
+		cfg.CABundle = engine.GuestDir + "/" + caBundle
+	}
+	for _, f := range s.Bottle.Files {
+		cfg.Files = append(cfg.Files, guest.File{Path: f.Path, Content: f.Content})
+	}
+	return cfg
+}
+
+func userOf(name string) guest.User {
+	if name == "root" {
+		return guest.User{Name: "root", Home: engine.GuestHome}
+	}
+	return guest.User{Name: engine.GuestUser, UID: engine.GuestUID, GID: engine.GuestUID, Home: engine.GuestHome}
+}
+
+func copyFile(from, to string, mode os.FileMode) error {
+	in, err := os.Open(from)
+	if errors.Is(err, os.ErrNotExist) {
+		return fault.New(fault.Unavailable, "guest_helper_missing", "the guest helper %s is missing", from).WithHint("run: make")
+	}
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close())
+}
+
+// remember writes where smolvm keeps the machine before it is started: a
+// monitor whose start was cut off is found by nothing else.
+func remember(ctx context.Context, c *smolvm.Client, id, dir string) error {
+	data, err := c.MachineDataDir(ctx, id)
+	if err != nil {
+		return err
+	}
+	b, err := json.Marshal(machineRecord{Name: id, DataDir: data})
+	if err != nil {
+		return err
+	}
+	tmp := machineFile(dir) + ".new"
+	if err := writeSynced(tmp, b); err != nil {
+		return err
+	}
+	return os.Rename(tmp, machineFile(dir))
+}
+
+func writeSynced(path string, b []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+// startTwice boots the machine. About one start in three was seen to fail with
+// "boot process exited" where a second one worked, so it gets one.
+func startTwice(ctx context.Context, c *smolvm.Client, id, dir string) error {
+	err := c.MachineStart(ctx, id)
+	if !errors.Is(err, smolvm.ErrNotReady) {
+		return err
+	}
+	if _, kerr := killMonitors(ctx, dataDirs(ctx, c, id, dir)); kerr != nil {
+		return join(err, kerr)
+	}
+	return c.MachineStart(ctx, id)
+}
+
+// probe waits until a command runs in the guest: the helper tells its usage.
+func probe(ctx context.Context, c *smolvm.Client, id string) error {
+	var last error
+	for i := range probeTries {
+		if i > 0 {
+			if err := sleep(ctx, probePause); err != nil {
+				return join(last, err)
+			}
+		}
+		r, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: probeLimit}, engine.GuestHelper, "help")
+		if err == nil && r.Code == 0 {
+			return nil
+		}
+		last = err
+		if err == nil {
+			last = fault.New(fault.Host, "smolvm_helper", "the guest helper does not run in the image: exit %d: %.200q", r.Code, r.Stderr).
+				WithHint("the image has to be of this machine's architecture")
+		} else if !errors.Is(err, smolvm.ErrNotRunning) {
+			break
+		}
+	}
+	return last
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return nil
+	}
+}
+
+// explainBoot turns a boot that failed into a fault that says what to do.
+func explainBoot(err error, getenv func(string) string) error {
+	var e *smolvm.Error
+	if !errors.As(err, &e) || (e.Kind != smolvm.ErrNotReady && e.Kind != smolvm.ErrKVM && e.Kind != smolvm.ErrTimeout) {
+		return err
+	}
+	return fault.New(fault.Host, "smolvm_boot", "no guest boots here: %w", err).
+		WithHint("%s", bootHint(e, os.Geteuid(), kvmMode(), getenv("SMOLVM_VM_UID_DROP") == "off"))
+}
+
+// kvmMode gives /dev/kvm's permissions, 0 if there is none.
+func kvmMode() os.FileMode {
+	fi, err := os.Stat("/dev/kvm")
+	if err != nil {
+		return 0
+	}
+	return fi.Mode().Perm()
+}
+
+func bootHint(e *smolvm.Error, euid int, kvm os.FileMode, dropOff bool) string {
+	switch {
+	case runtime.GOOS != "linux":
+		return "run the same by hand to see more: smolvm machine run"
+	case kvm == 0:
+		return "there is no /dev/kvm: load the KVM module (kvm_intel, kvm_amd), or use runtime gvisor"
+	case euid == 0 && !dropOff && kvm&0o006 != 0o006:
+		return "as root, smolvm gives each guest's monitor a user id of its own (2000000 and up), who may not open /dev/kvm: " +
+			"run it as a plain user in the group of /dev/kvm, or give those ids access, or set SMOLVM_VM_UID_DROP=off; or use runtime gvisor"
+	case e.Kind == smolvm.ErrKVM:
+		return "KvmOpen(Error(13)) means that you may not open /dev/kvm: join its group (usually kvm) and log in again; or use runtime gvisor"
+	}
+	return "/dev/kvm is there, but a guest does not get ready: a paravirtual KVM (kvm_pvm, nested in some clouds) never executes it; use runtime gvisor"
+}
+
+// Check boots a throw-away guest with one processor and runs a command in it.
+// dir is not written to: smolvm keeps its machines where it always does.
+func (e *Engine) Check(ctx context.Context, dir string) (err error) {
+	c, err := e.client(ctx)
+	if err != nil {
+		return err
+	}
+	if err := checkVersion(c); err != nil {
+		return err
+	}
+	marker, err := newMarker()
+	if err != nil {
+		return err
+	}
+	id := "bottle-check-" + marker[:8]
+	defer func() {
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupLimit)
+		defer cancel()
+		err = join(err, e.remove(clean, c, id, dir))
+	}()
+	spec := smolvm.CreateSpec{CPUs: 1, MemMiB: 256}
+	if !c.Version.Less(smolvm.SinceLabel) {
+		spec.Labels = []smolvm.Label{{Key: LabelOwner, Value: OwnerValue}}
+	}
+	if err := c.MachineCreate(ctx, id, spec); err != nil {
+		return err
+	}
+	if err := startTwice(ctx, c, id, dir); err != nil {
+		return explainBoot(err, e.getenv)
+	}
+	r, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: probeLimit}, "true")
+	if err == nil && r.Code != 0 {
+		err = fmt.Errorf("true ended with %d", r.Code)
+	}
+	if err != nil {
+		return fault.New(fault.Host, "smolvm_boot", "a guest boots here, but runs no command: %w", err).WithHint("use runtime gvisor")
+	}
+	return nil
+}
