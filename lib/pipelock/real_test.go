@@ -9,28 +9,33 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/netip"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/bottle-tools/bottle/lib/pipelock/pipelocktest"
 	"github.com/bottle-tools/bottle/lib/plan"
 )
+
+// hosts says who is where in the network of TestRealTraffic.
+const hosts = `127.0.0.1 localhost
+93.184.216.34 a.example x.y.w.example w.example bad.w.example p.example other.example a.test
+10.1.2.3 inner.example
+168.63.129.16 azure.example
+64:ff9b::a01:203 nat64.example
+1.2.3.4 own.example
+9.9.9.9 quad.example
+`
 
 // realProgram is the pipelock of this host; without one the test is skipped.
 func realProgram(t *testing.T) *Program {
 	t.Helper()
-	if os.Getenv("BOTTLE_PIPELOCK") == "" {
-		if _, err := exec.LookPath("pipelock"); err != nil {
-			t.Skip("SKIPPED: no pipelock on PATH and BOTTLE_PIPELOCK is not set, so the real program is not asked")
-		}
-	}
-	p, err := Find(t.Context(), os.Getenv)
+	path := pipelocktest.Path(t)
+	p, err := Find(t.Context(), func(k string) string { return map[string]string{"BOTTLE_PIPELOCK": path}[k] })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,16 +113,19 @@ func TestRealLifecycle(t *testing.T) {
 // written for, in a network of its own: a namespace whose only interface also
 // has a public address, and an /etc/hosts that says who is where.
 func TestRealTraffic(t *testing.T) {
-	if os.Getenv(inNetwork) == "" {
-		realProgram(t)
-		ownNetwork(t)
+	p := realProgram(t)
+	if !pipelocktest.OwnNetwork(t, hosts) {
 		return
 	}
-	p := realProgram(t)
-	serveUpstream(t)
+	hello := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		fmt.Fprintln(w, "hello")
+	})
+	pipelocktest.Serve(t, 80, false, hello)
+	pipelocktest.Serve(t, 443, true, hello)
 	rules := []plan.Rule{
 		tls("a.example"), tls("*.w.example"), deny("bad.w.example"), tls("inner.example"), tls("azure.example"), tls("nat64.example"),
-		tls("own.example"), tls(publicAddr), allow("p.example", "http", 80), deny("9.9.9.0/24"), tls("quad.example"),
+		tls("own.example"), tls(pipelocktest.PublicAddr), allow("p.example", "http", 80), deny("9.9.9.0/24"), tls("quad.example"),
 	}
 	proc, err := p.Start(t.Context(), Options{Dir: t.TempDir(), Policy: mustYAML(t, rules...), InstanceID: "dev-01234567",
 		Own: []netip.Addr{netip.MustParseAddr("1.2.3.4")}})
@@ -136,7 +144,7 @@ func TestRealTraffic(t *testing.T) {
 		{"x.y.w.example", "x.y.w.example", 200, true},
 		{"w.example", "w.example", 200, true}, // wider than our wildcard: the gate refuses it
 		{"a.example", "p.example", 200, false},
-		{publicAddr, "", 200, true},
+		{pipelocktest.PublicAddr, "", 200, true},
 		{"bad.w.example", "bad.w.example", 403, false},
 		{"other.example", "other.example", 403, false},
 		{"a.example.other.example", "x", 403, false},
@@ -224,28 +232,4 @@ func request(t *testing.T, proxy netip.AddrPort, target, header, body string) (i
 	defer res.Body.Close()
 	b, _ := io.ReadAll(io.LimitReader(res.Body, 300))
 	return res.StatusCode, string(bytes.TrimSpace(b))
-}
-
-// serveUpstream is who answers at the public address.
-func serveUpstream(t *testing.T) {
-	t.Helper()
-	hello := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		io.Copy(io.Discard, r.Body)
-		fmt.Fprintln(w, "hello")
-	})
-	for _, port := range []string{"80", "443"} {
-		l, err := net.Listen("tcp", net.JoinHostPort(publicAddr, port))
-		if err != nil {
-			t.Fatal(err)
-		}
-		s := httptest.NewUnstartedServer(hello)
-		s.Listener.Close()
-		s.Listener = l
-		if port == "443" {
-			s.StartTLS()
-		} else {
-			s.Start()
-		}
-		t.Cleanup(s.Close)
-	}
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/plan"
 )
 
 func sha(b []byte) string {
@@ -264,4 +265,39 @@ func TestLogFileIsBounded(t *testing.T) {
 	full := &logFile{path: filepath.Join(t.TempDir(), "missing", "log")}
 	full.Write(line)
 	full.Close()
+}
+
+func TestChoose(t *testing.T) {
+	good, old := fakeProgram(t, "version-2.3.0").Path, fakeProgram(t, "version-1.0.0").Path
+	for _, c := range []struct {
+		proxy, program string
+		rules          []plan.Rule
+		chosen         bool
+		why, code      string
+	}{
+		{"builtin", good, []plan.Rule{tls("a.example")}, false, "asks for the built-in proxy", ""},
+		{"pipelock", good, []plan.Rule{tls("a.example")}, true, "asks for pipelock", ""},
+		{"auto", good, []plan.Rule{tls("a.example")}, true, "pipelock 2.3.0 is installed", ""},
+		{"auto", "/nonexistent", []plan.Rule{tls("a.example")}, false, "/nonexistent", ""},
+		{"auto", old, []plan.Rule{tls("a.example")}, false, "does not check its configuration", ""},
+		{"pipelock", "/nonexistent", []plan.Rule{tls("a.example")}, false, "", "proxy_missing"},
+		{"pipelock", old, []plan.Rule{tls("a.example")}, false, "", "proxy_too_old"},
+		{"pipelock", "/nonexistent", nil, false, "nothing to carry", ""},
+		{"pipelock", "/nonexistent", []plan.Rule{allow("a.example", "ssh", 22)}, false, "nothing to carry", ""},
+	} {
+		b := bottle(c.rules...)
+		b.Egress.Proxy = c.proxy
+		e, err := Derive(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, why, err := Choose(t.Context(), b, e, func(k string) string { return map[string]string{"BOTTLE_PIPELOCK": c.program}[k] })
+		if c.code != "" {
+			wantFault(t, err, c.code, "")
+			continue
+		}
+		if err != nil || (p != nil) != c.chosen || !strings.Contains(why, c.why) {
+			t.Errorf("%+v: %v %q %v", c, p, why, err)
+		}
+	}
 }

@@ -15,7 +15,6 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -28,6 +27,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/fdpass"
 	"github.com/bottle-tools/bottle/lib/gateproc"
+	"github.com/bottle-tools/bottle/lib/pipelock/pipelocktest"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/tool"
 	"github.com/tidwall/gjson"
@@ -143,12 +143,15 @@ func through(dial func(context.Context, string, string) (net.Conn, error), roots
 	}
 }
 
-// upstream is example.com, on this host; it answers with the key it was given.
+// hello answers with the length of the key it was given.
+func hello(w http.ResponseWriter, r *http.Request) {
+	fmt.Fprintf(w, "hello, %d", len(r.Header.Get("X-Api-Key")))
+}
+
+// upstream is example.com, on this host.
 func upstream(t *testing.T) (port int, root []byte) {
 	t.Helper()
-	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprintf(w, "hello, %d", len(r.Header.Get("X-Api-Key")))
-	}))
+	s := httptest.NewTLSServer(http.HandlerFunc(hello))
 	t.Cleanup(s.Close)
 	port, err := strconv.Atoi(s.Listener.Addr().String()[len("127.0.0.1:"):])
 	if err != nil {
@@ -349,15 +352,8 @@ func TestServeStaleSocket(t *testing.T) {
 
 // With a real pipelock behind it.
 func TestServePipelock(t *testing.T) {
-	program := os.Getenv("BOTTLE_PIPELOCK")
-	if program == "" {
-		var err error
-		if program, err = exec.LookPath("pipelock"); err != nil {
-			t.Skip("SKIPPED: no pipelock on PATH and BOTTLE_PIPELOCK is not set, so no gate is put in front of the real one")
-		}
-	}
+	program := pipelocktest.Path(t)
 	t.Setenv("TMPDIR", t.TempDir())
-	// 127.0.0.1 for pipelock, which refuses it, and for the gate, which is told to go there.
 	port, root := upstream(t)
 	b := bottle(pinned(allow("example.com", port, "tls"), "127.0.0.1"), allow("p.example", 80, "http"))
 	b.Egress.Proxy = "pipelock"
@@ -394,6 +390,47 @@ func TestServePipelock(t *testing.T) {
 	if left, _ := filepath.Glob(filepath.Join(os.Getenv("TMPDIR"), "bottle-*")); len(left) != 0 {
 		t.Errorf("left: %v", left)
 	}
+}
+
+// The whole chain: client, gate, the real pipelock, upstream.
+func TestServeThroughPipelock(t *testing.T) {
+	const value = "sk-real-0123456789"
+	program := pipelocktest.Path(t)
+	if !pipelocktest.OwnNetwork(t, "127.0.0.1 localhost\n"+pipelocktest.PublicAddr+" example.com keys.example.com w.example plain.example\n10.1.2.3 inner.example\n") {
+		return
+	}
+	_, root := upstream(t)
+	b := bottle(allow("*.example.com", 443, "tls"), allow("example.com", 443, "tls"), allow("*.w.example", 443, "tls"),
+		allow("inner.example", 443, "tls"), allow("plain.example", 80, "http"))
+	b.Egress.Proxy = "auto"
+	b.Secrets = []plan.Secret{{Name: "KEY", From: "env:KEY", GuestCanRead: "never", Inject: []plan.Injection{{Host: "keys.example.com", Header: "x-api-key"}}}}
+	dir := folder(t, b, root)
+	cert := filepath.Join(dir, "cert.pem")
+	s := begin(t, document(t, b), map[string]string{"BOTTLE_PIPELOCK": program, "KEY": value}, "--listen", "tcp:127.0.0.1:0", "--dir", dir, "--ca-cert", cert)
+	own, err := os.ReadFile(cert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pipelocktest.Serve(t, 443, true, http.HandlerFunc(hello))
+	pipelocktest.Serve(t, 80, false, http.HandlerFunc(hello))
+	c := through(dialer(s.addr), root, own)
+	for url, want := range map[string]string{
+		"https://example.com/":      "hello, 0",
+		"https://keys.example.com/": fmt.Sprintf("hello, %d", len(value)),
+		"http://plain.example/":     "hello, 0",
+		"https://w.example/":        "not_in_allowlist",
+		"https://inner.example/":    "proxy_refused",
+		"https://example.com:444/":  "port_not_allowed",
+	} {
+		body, err := get(c, url)
+		if err != nil {
+			body = err.Error()
+		}
+		if !strings.Contains(body, want) {
+			t.Errorf("%s: %q, want %s", url, body, want)
+		}
+	}
+	s.end(t)
 }
 
 // pipelockPID finds the pipelock that runs in dir.

@@ -1,7 +1,7 @@
-package pipelock
+package pipelocktest
 
 import (
-	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,23 +12,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	inNetwork  = "BOTTLE_TEST_IN_NETWORK" // set in the process that has the namespace
-	publicAddr = "93.184.216.34"
-)
-
-const hosts = `127.0.0.1 localhost
-93.184.216.34 a.example x.y.w.example w.example bad.w.example p.example other.example a.test
-10.1.2.3 inner.example
-168.63.129.16 azure.example
-64:ff9b::a01:203 nat64.example
-1.2.3.4 own.example
-9.9.9.9 quad.example
-`
-
-// ownNetwork runs the calling test again, in namespaces of its own.
-func ownNetwork(t *testing.T) {
+// OwnNetwork runs the calling test again in namespaces of its own, where the
+// only interface is loopback and /etc/hosts holds hosts. It returns true
+// there, and false in the process that only waited for it.
+func OwnNetwork(t *testing.T, hosts string) (inside bool) {
 	t.Helper()
+	if dir := os.Getenv(inNetwork); dir != "" {
+		if err := setUp(dir, hosts); err != nil {
+			t.Fatalf("setting up the network: %v", err)
+		}
+		return true
+	}
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -42,51 +36,29 @@ func ownNetwork(t *testing.T) {
 		Pdeathsig:   syscall.SIGKILL,
 	}
 	out, err := cmd.CombinedOutput()
-	if err != nil && len(out) == 0 {
+	if err != nil && cmd.Process == nil {
 		t.Skipf("SKIPPED: no user and network namespaces on this host (%v), so no traffic goes through the real pipelock", err)
 	}
 	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
 		t.Fatalf("%v\n%s", err, out)
 	}
+	return false
 }
 
-func init() {
-	dir := os.Getenv(inNetwork)
-	if dir == "" || os.Getenv("FAKE_PIPELOCK") != "" {
-		return
-	}
-	if err := setUpNetwork(dir); err != nil {
-		fmt.Println("setting up the network:", err)
-		os.Exit(1)
-	}
-}
-
-// setUpNetwork takes the loopback interface up, gives it the public address,
-// and lays the hosts file over the system's.
-func setUpNetwork(dir string) error {
+// setUp takes the loopback interface up and lays a hosts file over the system's.
+func setUp(dir, hosts string) error {
 	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(s)
-	for _, name := range []string{"lo", "lo:1"} {
-		r, err := unix.NewIfreq(name)
-		if err != nil {
-			return err
-		}
-		if name != "lo" {
-			if err := r.SetInet4Addr([]byte{93, 184, 216, 34}); err != nil {
-				return err
-			}
-			if err := unix.IoctlIfreq(s, unix.SIOCSIFADDR, r); err != nil {
-				return err
-			}
-			continue
-		}
-		r.SetUint16(unix.IFF_UP)
-		if err := unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, r); err != nil {
-			return err
-		}
+	lo, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	lo.SetUint16(unix.IFF_UP)
+	if err := unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, lo); err != nil {
+		return err
 	}
 	file := filepath.Join(dir, "hosts")
 	if err := os.WriteFile(file, []byte(hosts), 0o644); err != nil {
@@ -96,4 +68,22 @@ func setUpNetwork(dir string) error {
 		return err
 	}
 	return unix.Mount(file, "/etc/hosts", "", unix.MS_BIND, "")
+}
+
+// addPublicAddr gives PublicAddr to the loopback interface.
+func addPublicAddr() error {
+	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(s)
+	alias, err := unix.NewIfreq("lo:1")
+	if err != nil {
+		return err
+	}
+	addr := netip.MustParseAddr(PublicAddr).As4()
+	if err := alias.SetInet4Addr(addr[:]); err != nil {
+		return err
+	}
+	return unix.IoctlIfreq(s, unix.SIOCSIFADDR, alias)
 }
