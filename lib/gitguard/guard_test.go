@@ -1,0 +1,665 @@
+package gitguard
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/fault"
+)
+
+// fixture is a workspace with a repository, and an attacker's program that
+// leaves a trace when git on the host runs it.
+type fixture struct {
+	t                   *testing.T
+	top, ws, aside, hit string
+	payload             string
+	env                 []string
+}
+
+func newFixture(t *testing.T) *fixture {
+	t.Helper()
+	if _, err := exec.LookPath("git"); err != nil {
+		t.Skip("SKIPPED: git is not installed, so that the guard is not shown to hold against it")
+	}
+	top, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &fixture{t: t, top: top, ws: filepath.Join(top, "ws"), aside: filepath.Join(top, "aside"),
+		hit: filepath.Join(top, "hit"), payload: filepath.Join(top, "payload")}
+	f.env = append(os.Environ(), "HOME="+top, "GIT_CONFIG_NOSYSTEM=1", "GIT_AUTHOR_NAME=a", "GIT_AUTHOR_EMAIL=a@b",
+		"GIT_COMMITTER_NAME=a", "GIT_COMMITTER_EMAIL=a@b", "GIT_TERMINAL_PROMPT=0")
+	f.mkdir(f.ws)
+	f.mkdir(f.aside)
+	f.write(f.payload, "#!/bin/sh\necho hit >>"+f.hit+"\nexit 1\n")
+	if err := os.Chmod(f.payload, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+func (f *fixture) mkdir(p string) {
+	f.t.Helper()
+	if err := os.MkdirAll(p, 0o755); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+func (f *fixture) write(p, content string) {
+	f.t.Helper()
+	if !filepath.IsAbs(p) {
+		p = filepath.Join(f.ws, p)
+	}
+	f.mkdir(filepath.Dir(p))
+	if err := os.WriteFile(p, []byte(content), 0o644); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+func (f *fixture) git(dir string, args ...string) string {
+	f.t.Helper()
+	cmd := exec.Command("git", args...)
+	cmd.Dir, cmd.Env = filepath.Join(f.ws, dir), f.env
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		f.t.Fatalf("git %v: %v\n%s", args, err, out)
+	}
+	return string(out)
+}
+
+// try runs git without caring for its status, and tells whether the attacker's
+// program ran.
+func (f *fixture) try(dir string, args ...string) bool {
+	f.t.Helper()
+	_ = os.Remove(f.hit)
+	cmd := exec.Command("git", args...)
+	cmd.Dir, cmd.Env = dir, f.env
+	_, _ = cmd.CombinedOutput()
+	_, err := os.Stat(f.hit)
+	return err == nil
+}
+
+func (f *fixture) repo() {
+	f.git(".", "init", "-q")
+	f.write("a.txt", "a\n")
+	f.git(".", "add", ".")
+	f.git(".", "commit", "-qm", "one")
+}
+
+func (f *fixture) plan(change ...func(*Options)) *Guard {
+	f.t.Helper()
+	o := Options{Workspace: f.ws, Mode: "rw", Home: f.top, EmptyFile: "/empty/file", EmptyDir: "/empty/dir"}
+	for _, c := range change {
+		c(&o)
+	}
+	g, err := Plan(o)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	g.KeepIn(func() (string, error) { return f.aside, nil })
+	return g
+}
+
+func (f *fixture) evilRepo(dir string) {
+	f.git(".", "init", "-q", dir)
+	f.git(dir, "config", "core.fsmonitor", f.payload)
+}
+
+// attacks are what a guest can do in spite of the mounts: everything else in
+// .git is mounted read-only over what exists. run is where and what a person on
+// the host runs then.
+var attacks = []struct {
+	name  string
+	setUp func(*fixture)
+	do    func(*fixture)
+	dir   string
+	args  []string
+	path  string // of the finding
+}{
+	{name: "commondir", setUp: (*fixture).repo, path: ".git/commondir", do: func(f *fixture) {
+		f.evilRepo("x")
+		if err := os.Rename(filepath.Join(f.ws, "x/.git"), filepath.Join(f.ws, "x/common")); err != nil {
+			f.t.Fatal(err)
+		}
+		f.write(".git/commondir", "../x/common\n")
+	}},
+	{name: "config.worktree", path: ".git/config.worktree", setUp: func(f *fixture) {
+		f.repo()
+		f.git(".", "config", "extensions.worktreeConfig", "true")
+	}, do: func(f *fixture) {
+		f.write(".git/config.worktree", "[core]\n\tfsmonitor = "+f.payload+"\n")
+	}},
+	{name: "no .git before", setUp: func(f *fixture) { f.write("a.txt", "a") }, path: ".git", do: func(f *fixture) { f.evilRepo(".") }},
+	{name: ".git file", setUp: func(f *fixture) { f.write("a.txt", "a") }, path: ".git", do: func(f *fixture) {
+		f.evilRepo("x")
+		f.mkdir(filepath.Join(f.ws, "y"))
+		if err := os.Rename(filepath.Join(f.ws, "x/.git"), filepath.Join(f.ws, "y/data")); err != nil {
+			f.t.Fatal(err)
+		}
+		f.write(".git", "gitdir: y/data\n")
+	}},
+	{name: "nested repository by gitlink", setUp: (*fixture).repo, path: "sub/.git", do: func(f *fixture) {
+		f.mkdir(filepath.Join(f.ws, "sub"))
+		f.evilRepo("sub")
+		f.write("sub/f", "x")
+		f.try(f.ws, "-C", "sub", "-c", "core.fsmonitor=false", "add", "f")
+		f.try(f.ws, "-C", "sub", "-c", "core.fsmonitor=false", "commit", "-qm", "x")
+		f.git(".", "-c", "core.fsmonitor=false", "add", "sub")
+		_ = os.Remove(f.hit)
+	}},
+	{name: "bare repository in a folder", setUp: (*fixture).repo, path: "docs/HEAD", dir: "docs", do: func(f *fixture) {
+		f.evilRepo("x")
+		if err := os.Rename(filepath.Join(f.ws, "x/.git"), filepath.Join(f.ws, "docs")); err != nil {
+			f.t.Fatal(err)
+		}
+		f.git("docs", "config", "core.bare", "false")
+		f.git("docs", "config", "core.worktree", f.ws+"/docs")
+	}},
+	{name: "bare repository as the workspace", setUp: func(f *fixture) { f.write("a.txt", "a") }, path: "HEAD", do: func(f *fixture) {
+		f.evilRepo("x")
+		for _, n := range []string{"HEAD", "objects", "refs", "config"} {
+			if err := os.Rename(filepath.Join(f.ws, "x/.git", n), filepath.Join(f.ws, n)); err != nil {
+				f.t.Fatal(err)
+			}
+		}
+		f.write("config", "[core]\n\trepositoryformatversion = 0\n\tbare = false\n\tworktree = "+f.ws+"\n\tfsmonitor = "+f.payload+"\n")
+	}},
+	{name: "attributes with info renamed", path: ".git/info/attributes", args: []string{"-c", "filter.x.clean=PAYLOAD", "add", "b.txt"}, setUp: func(f *fixture) {
+		f.repo()
+		if err := os.RemoveAll(filepath.Join(f.ws, ".git/info")); err != nil {
+			f.t.Fatal(err)
+		}
+	}, do: func(f *fixture) {
+		f.write(".git/info/attributes", "*.txt filter=x\n")
+		f.write("b.txt", "b")
+	}},
+	{name: "hooks that did not exist", path: ".git/hooks", args: []string{"checkout", "-qb", "next"}, setUp: func(f *fixture) {
+		f.repo()
+		if err := os.RemoveAll(filepath.Join(f.ws, ".git/hooks")); err != nil {
+			f.t.Fatal(err)
+		}
+	}, do: func(f *fixture) { f.hook(".git/hooks/post-checkout") }},
+	{name: "hooks folder of the configuration", path: "ci/hooks", args: []string{"checkout", "-qb", "next"}, setUp: func(f *fixture) {
+		f.repo()
+		f.git(".", "config", "core.hooksPath", "ci/hooks")
+	}, do: func(f *fixture) { f.hook("ci/hooks/post-checkout") }},
+	{name: "hooks folder of the configuration, replaced", path: "ci/hooks", args: []string{"checkout", "-qb", "next"}, setUp: func(f *fixture) {
+		f.repo()
+		f.write("ci/hooks/pre-commit", "#!/bin/sh\n")
+		f.git(".", "config", "core.hooksPath", "ci/hooks")
+	}, do: func(f *fixture) {
+		if err := os.Rename(filepath.Join(f.ws, "ci"), filepath.Join(f.ws, "ci2")); err != nil {
+			f.t.Fatal(err)
+		}
+		f.hook("ci/hooks/post-checkout")
+	}},
+	{name: "included configuration", path: ".gitshared", setUp: func(f *fixture) {
+		f.repo()
+		f.git(".", "config", "include.path", "../.gitshared")
+	}, do: func(f *fixture) { f.write(".gitshared", "[core]\n\tfsmonitor = "+f.payload+"\n") }},
+	{name: "linked worktree of the host", path: ".git/worktrees", dir: "../linked", setUp: (*fixture).repo, do: func(f *fixture) {
+		f.git(".", "worktree", "add", "-q", f.top+"/linked")
+		f.git(".", "config", "extensions.worktreeConfig", "true")
+		f.write(".git/worktrees/linked/config.worktree", "[core]\n\tfsmonitor = "+f.payload+"\n")
+	}},
+	{name: "rebase with commands", path: ".git/rebase-merge", args: []string{"rebase", "--continue"}, setUp: (*fixture).repo, do: func(f *fixture) {
+		f.try(f.ws, "-c", "sequence.editor=printf 'break\\nexec "+f.payload+"\\n' >", "rebase", "-i", "--root")
+	}},
+}
+
+func (f *fixture) hook(rel string) {
+	f.t.Helper()
+	f.write(rel, "#!/bin/sh\necho hit >>"+f.hit+"\n")
+	if err := os.Chmod(filepath.Join(f.ws, rel), 0o755); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+func command(f *fixture, args []string) []string {
+	if args == nil {
+		return []string{"status"}
+	}
+	out := slices.Clone(args)
+	for i := range out {
+		out[i] = strings.ReplaceAll(out[i], "PAYLOAD", f.payload)
+	}
+	return out
+}
+
+// Every attack works against a git without the guard, and none behind a sweep.
+func TestSweepDisarms(t *testing.T) {
+	for _, a := range attacks {
+		t.Run(a.name, func(t *testing.T) {
+			for _, guarded := range []bool{false, true} {
+				f := newFixture(t)
+				a.setUp(f)
+				g := f.plan()
+				a.do(f)
+				if guarded {
+					found, err := g.Sweep()
+					if err != nil {
+						t.Fatal(err)
+					}
+					if !slices.ContainsFunc(found, func(n Finding) bool { return n.Path == a.path && n.MovedTo != "" }) {
+						t.Errorf("findings %v, want one for %s", found, a.path)
+					}
+					if again, err := g.Sweep(); len(again) != 0 || err != nil {
+						t.Errorf("a second sweep found %v (%v)", again, err)
+					}
+				}
+				if hit := f.try(filepath.Join(f.ws, a.dir), command(f, a.args)...); hit == guarded {
+					t.Errorf("guarded %v: git ran the guest's program: %v", guarded, hit)
+				}
+				if guarded {
+					f.lookAround()
+				}
+			}
+		})
+	}
+}
+
+// lookAround runs git in every folder of what was set aside, as somebody does
+// who wants to see it.
+func (f *fixture) lookAround() {
+	f.t.Helper()
+	_ = filepath.WalkDir(f.aside, func(p string, d os.DirEntry, err error) error {
+		if err == nil && d.IsDir() && f.try(p, "status") {
+			f.t.Errorf("git status in %s ran the guest's program", p)
+		}
+		return nil
+	})
+}
+
+func watch(t *testing.T, g *Guard) (findings chan Finding, stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	findings = make(chan Finding, 1000)
+	done := make(chan error, 1)
+	go func() { done <- g.Watch(ctx, func(f Finding) { findings <- f }) }()
+	stop = func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("watch: %v", err)
+		}
+	}
+	return findings, stop
+}
+
+func await(t *testing.T, findings chan Finding, path string) Finding {
+	t.Helper()
+	for {
+		select {
+		case f := <-findings:
+			if f.Path == path {
+				return f
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("no finding for %s", path)
+		}
+	}
+}
+
+// The watch takes the same things away while the bottle runs, in folders that
+// it has never seen too.
+func TestWatchDisarms(t *testing.T) {
+	for _, a := range attacks {
+		if a.name == "rebase with commands" {
+			continue // the guest may rebase; the sweep judges what is left of it
+		}
+		t.Run(a.name, func(t *testing.T) {
+			f := newFixture(t)
+			a.setUp(f)
+			g := f.plan()
+			var took Finding
+			// The attack is made elsewhere and moved in piece by piece by
+			// another process in real life; here git itself may lose a race
+			// against the guard while it prepares the attack, so that the watch
+			// starts when it is there, and looks at all there is.
+			a.do(f)
+			findings, stop := watch(t, g)
+			took = await(t, findings, a.path)
+			stop()
+			if took.MovedTo == "" {
+				t.Errorf("%v was left in place", took)
+			}
+			if f.try(filepath.Join(f.ws, a.dir), command(f, a.args)...) {
+				t.Error("git ran the guest's program")
+			}
+		})
+	}
+}
+
+func TestWatchIsQuick(t *testing.T) {
+	f := newFixture(t)
+	f.repo()
+	g := f.plan()
+	findings, stop := watch(t, g)
+	defer stop()
+	f.write("warm/.git", "x")
+	await(t, findings, "warm/.git")
+
+	var worst time.Duration
+	for i, p := range []string{".git/commondir", "new/deep/er/.git", "warm/up/.git", ".git/logs/refs/x", ".git/refs/heads/y", "b/HEAD"} {
+		var start time.Time
+		switch {
+		case i == 3 || i == 4:
+			f.mkdir(filepath.Dir(filepath.Join(f.ws, p)))
+			start = time.Now()
+			if err := os.Symlink("/etc/passwd", filepath.Join(f.ws, p)); err != nil {
+				t.Fatal(err)
+			}
+		case i == 5:
+			f.mkdir(f.ws + "/b/objects")
+			f.mkdir(f.ws + "/b/refs")
+			start = time.Now()
+			f.write(p, "ref: refs/heads/main\n")
+		default:
+			start = time.Now()
+			f.write(p, "../evil\n")
+		}
+		got := await(t, findings, p)
+		took := time.Since(start)
+		if _, err := os.Lstat(filepath.Join(f.ws, p)); err == nil || got.MovedTo == "" {
+			t.Errorf("%s is still there: %v", p, got)
+		}
+		worst = max(worst, took)
+	}
+	t.Logf("worst %s", worst)
+	if worst > 2*time.Second { // about a millisecond on a quiet machine
+		t.Errorf("took %s", worst)
+	}
+	// A folder that is renamed stays watched, under its new name.
+	if err := os.Rename(f.ws+"/warm", f.ws+"/cold"); err != nil {
+		t.Fatal(err)
+	}
+	f.write("cold/up/.git", "x")
+	await(t, findings, "cold/up/.git")
+	// One that comes as a whole is looked into.
+	f.mkdir(f.top + "/outside/a/b")
+	f.write(f.top+"/outside/a/b/.git", "x")
+	if err := os.Rename(f.top+"/outside", f.ws+"/came"); err != nil {
+		t.Fatal(err)
+	}
+	await(t, findings, "came/a/b/.git")
+}
+
+// What a guest does with git all day is no finding.
+func TestOrdinaryWork(t *testing.T) {
+	f := newFixture(t)
+	f.repo()
+	g := f.plan()
+	findings, stop := watch(t, g)
+	f.git(".", "checkout", "-qb", "feature/x")
+	for _, n := range []string{"one", "two", "three"} {
+		f.write(n+"/HEAD", n)
+		f.git(".", "add", ".")
+		f.git(".", "commit", "-qm", n)
+	}
+	f.git(".", "tag", "v1")
+	f.git(".", "stash", "list")
+	f.git(".", "rebase", "-q", "HEAD~2")
+	f.git(".", "checkout", "-q", "-")
+	f.git(".", "merge", "-q", "feature/x")
+	f.git(".", "gc", "-q")
+	f.git(".", "fsck")
+	time.Sleep(50 * time.Millisecond)
+	stop()
+	swept, err := g.Sweep()
+	if err != nil {
+		t.Fatal(err)
+	}
+	close(findings)
+	for n := range findings {
+		swept = append(swept, n)
+	}
+	if len(swept) != 0 {
+		t.Errorf("findings: %v", swept)
+	}
+}
+
+// git on the host writes through symlinks in its folder.
+func TestSymlinksInGit(t *testing.T) {
+	f := newFixture(t)
+	f.repo()
+	g := f.plan()
+	target := filepath.Join(f.top, "bashrc")
+	f.write(target, "")
+	for _, p := range []string{"logs/HEAD", "COMMIT_EDITMSG"} {
+		_ = os.Remove(filepath.Join(f.ws, ".git", p))
+		if err := os.Symlink(target, filepath.Join(f.ws, ".git", p)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := syscall.Mkfifo(filepath.Join(f.ws, ".git/MERGE_MSG"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	found, err := g.Sweep()
+	if err != nil || len(found) != 3 {
+		t.Fatalf("findings %v, %v", found, err)
+	}
+	f.write("b.txt", "b")
+	f.git(".", "add", ".")
+	f.git(".", "commit", "-qm", "$(touch x)")
+	if b, err := os.ReadFile(target); err != nil || len(b) != 0 {
+		t.Errorf("git wrote %q through a symlink (%v)", b, err)
+	}
+}
+
+// Nothing of a folder is touched through a symlink that stands in for it.
+func TestSymlinkedFolders(t *testing.T) {
+	f := newFixture(t)
+	f.repo()
+	g := f.plan()
+	f.evilRepo("../elsewhere")
+	if err := os.Symlink("../elsewhere", filepath.Join(f.ws, "sub")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(".", filepath.Join(f.ws, "self")); err != nil {
+		t.Fatal(err)
+	}
+	if found, err := g.Sweep(); len(found) != 0 || err != nil {
+		t.Errorf("findings %v, %v", found, err)
+	}
+	if _, err := os.Stat(filepath.Join(f.top, "elsewhere/.git/config")); err != nil {
+		t.Error(err)
+	}
+}
+
+func targets(binds []engine.Bind) (out []string) {
+	for _, b := range binds {
+		mode := " rw"
+		if b.ReadOnly {
+			mode = " ro"
+		}
+		out = append(out, strings.TrimPrefix(b.Target, engine.GuestWorkspace+"/")+mode)
+	}
+	return out
+}
+
+func TestPins(t *testing.T) {
+	f := newFixture(t)
+	f.repo()
+	f.evilRepo("vendor/lib")
+	f.git(".", "worktree", "add", "-q", "tree")
+	f.git(".", "config", "core.hooksPath", ".husky/_")
+	f.write(".husky/_/h", "")
+	f.git(".", "init", "-q", "--bare", "srv.git")
+	f.write("bottle.json", "{}")
+	g := f.plan(func(o *Options) { o.ReadOnly = []string{f.ws + "/bottle.json", f.top + "/payload"} })
+	got := targets(g.Binds)
+	want := []string{
+		".git rw", ".git/info rw", ".git/branches ro", ".git/config ro", ".git/hooks ro", ".git/worktrees ro", ".husky ro", ".husky/_ ro",
+		"srv.git rw", "srv.git/info rw", "srv.git/branches ro", "srv.git/config ro", "srv.git/hooks ro",
+		"tree/.git ro",
+		"vendor/lib/.git rw", "vendor/lib/.git/info rw", "vendor/lib/.git/branches ro", "vendor/lib/.git/config ro", "vendor/lib/.git/hooks ro",
+		"bottle.json ro",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("binds\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+	for _, b := range g.Binds {
+		if _, err := os.Lstat(b.Source); err != nil {
+			t.Errorf("a mount of nothing would make it on the host: %v", err)
+		}
+	}
+	if found, err := g.Sweep(); len(found) != 0 || err != nil {
+		t.Errorf("what was there at the start is no finding: %v, %v", found, err)
+	}
+	for _, mode := range []string{"ro", "scratch"} {
+		if g := f.plan(func(o *Options) { o.Mode = mode }); len(g.Binds) != 0 {
+			t.Errorf("mode %s: binds %v", mode, targets(g.Binds))
+		}
+	}
+}
+
+func TestSymlinkIsRefused(t *testing.T) {
+	for _, name := range []string{".git", ".git/hooks", ".git/config", ".git/info"} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(t)
+			f.repo()
+			old, moved := filepath.Join(f.ws, name), filepath.Join(f.top, "moved")
+			if err := errors.Join(os.Rename(old, moved), os.Symlink(moved, old)); err != nil {
+				t.Fatal(err)
+			}
+			_, err := Plan(Options{Workspace: f.ws, Mode: "rw"})
+			if e := fault.As(err); err == nil || e.Exit != fault.Data || e.Code != "git_symlink" || !strings.Contains(e.Msg, name) {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+func TestHide(t *testing.T) {
+	f := newFixture(t)
+	f.repo()
+	for _, p := range []string{".env", "a/.env.local", "a/b/key.pem", "certs.d/x.txt", "plain.txt", "secrets/inner.txt", "ref/real.txt", ".git/refs/heads/x.pem", "token"} {
+		f.write(p, "secret")
+	}
+	for link, to := range map[string]string{"link.pem": "ref/real.txt", "out.pem": f.payload, "loop.pem": "loop.pem", "gone.pem": "nowhere"} {
+		if err := os.Symlink(to, filepath.Join(f.ws, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Remove(filepath.Join(f.ws, "loop.pem")); err != nil {
+		t.Fatal(err)
+	}
+	g := f.plan(func(o *Options) {
+		o.Mode = "ro"
+		o.Hide = []string{".env*", "*.pem", "certs.d"}
+		o.Conceal = []string{f.ws + "/token", f.payload, f.ws + "/absent"}
+	})
+	want := []string{".env ro", "a/.env.local ro", "a/b/key.pem ro", "certs.d ro", "ref/real.txt ro", "token ro"}
+	if got := targets(g.Binds); !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	for _, b := range g.Binds {
+		want := "/empty/file"
+		if strings.HasSuffix(b.Target, "certs.d") {
+			want = "/empty/dir"
+		}
+		if b.Source != want || !b.ReadOnly {
+			t.Errorf("%+v", b)
+		}
+	}
+}
+
+func TestHiddenNamesThatAppear(t *testing.T) {
+	f := newFixture(t)
+	f.write(".env", "old")
+	g := f.plan(func(o *Options) { o.Hide = []string{".env*"} })
+	findings, stop := watch(t, g)
+	defer stop()
+	f.write("warm/.git", "x")
+	await(t, findings, "warm/.git")
+	f.write("app/.env.local", "TOKEN=1")
+	if got := await(t, findings, "app/.env.local"); got.MovedTo != "" || !strings.Contains(got.What, "guest can read it") {
+		t.Errorf("%v", got)
+	}
+	if _, err := os.Stat(filepath.Join(f.ws, "app/.env.local")); err != nil {
+		t.Error("a file of the user's was taken away")
+	}
+}
+
+func TestTooMuch(t *testing.T) {
+	f := newFixture(t)
+	for i := range MaxHidden + 1 {
+		f.write(filepath.Join("keys", strings.Repeat("k", 1+i%50)+string(rune('a'+i/50))+".pem"), "")
+	}
+	_, err := Plan(Options{Workspace: f.ws, Mode: "rw", Hide: []string{"*.pem"}})
+	if e := fault.As(err); err == nil || e.Exit != fault.Host || e.Code != "too_many_hidden" {
+		t.Errorf("%v", err)
+	}
+	g := newFixture(t)
+	for i := range MaxRepositories + 1 {
+		g.mkdir(filepath.Join(g.ws, strings.Repeat("r", 1+i%50)+string(rune('a'+i/50)), ".git"))
+	}
+	_, err = Plan(Options{Workspace: g.ws, Mode: "rw"})
+	if e := fault.As(err); err == nil || e.Exit != fault.Host || e.Code != "too_many_repositories" {
+		t.Errorf("%v", err)
+	}
+}
+
+// A guest that makes repositories in a loop fills no disk.
+func TestFlood(t *testing.T) {
+	f := newFixture(t)
+	g := f.plan()
+	for i := range maxAside + 20 {
+		f.write(filepath.Join("d", strings.Repeat("x", 1+i%50)+string(rune('a'+i/50)), ".git"), "gitdir: x")
+	}
+	found, err := g.Sweep()
+	if err != nil || len(found) != maxAside+20 {
+		t.Fatalf("%d findings, %v", len(found), err)
+	}
+	kept, err := os.ReadDir(f.aside)
+	if err != nil || len(kept) != maxAside {
+		t.Errorf("%d kept, %v", len(kept), err)
+	}
+	if out, _ := exec.Command("find", f.ws, "-name", ".git").Output(); len(out) != 0 {
+		t.Errorf("left: %s", out)
+	}
+}
+
+func TestAsideOnAnotherFileSystem(t *testing.T) {
+	f := newFixture(t)
+	shm, err := os.MkdirTemp("/dev/shm", "gitguard-test-")
+	if err != nil {
+		t.Skipf("SKIPPED: no second file system: %v", err)
+	}
+	t.Cleanup(func() { os.RemoveAll(shm) })
+	f.aside = shm
+	g := f.plan()
+	f.evilRepo("x")
+	found, err := g.Sweep()
+	if err != nil || len(found) != 1 || !strings.HasPrefix(found[0].MovedTo, shm) {
+		t.Fatalf("%v, %v", found, err)
+	}
+	if b, err := os.ReadFile(filepath.Join(found[0].MovedTo, "config")); err != nil || !strings.Contains(string(b), f.payload) {
+		t.Errorf("%q, %v", b, err)
+	}
+	if left, _ := os.ReadDir(filepath.Join(f.ws, "x")); len(left) != 0 {
+		t.Errorf("left: %v", left)
+	}
+	f.lookAround()
+}
+
+func TestParseConfig(t *testing.T) {
+	hooks, includes := parseConfig("[core]\n\thooksPath = .husky/_ ; why\n[Core] HOOKSPATH=\"a b#c\"\r\n[include]\npath = ../x\\\ny\n" +
+		"[includeIf \"gitdir:~/a]b/\"]\n path = z # c\n[other]\n path = no\n hooksPath = no\n[core \"sub\"]\n hooksPath = no\n[broken\npath=1\n")
+	if !slices.Equal(hooks, []string{".husky/_", "a b#c"}) || !slices.Equal(includes, []string{"../xy", "z"}) {
+		t.Errorf("%q %q", hooks, includes)
+	}
+}
+
+func FuzzParseConfig(f *testing.F) {
+	f.Add("[core]\nhooksPath=x\n[include]path=\"y\\")
+	f.Fuzz(func(t *testing.T, s string) { parseConfig(s) })
+}
