@@ -72,7 +72,11 @@ func fakeProgram(t *testing.T, play string) *Program {
 		t.Fatal(err)
 	}
 	path := filepath.Join(t.TempDir(), "pipelock")
-	script := fmt.Sprintf("#!/bin/sh\nunset PWD OLDPWD _\nFAKE_PIPELOCK='%s' FAKE_PLAY='%s' exec '%s' \"$@\"\n", dir, play, self)
+	run := "exec"
+	if play == "wrapped" {
+		run = "env" // the shell stays in between
+	}
+	script := fmt.Sprintf("#!/bin/sh\nunset PWD OLDPWD _\nFAKE_PIPELOCK='%s' FAKE_PLAY='%s' %s '%s' \"$@\"\nexit $?\n", dir, play, run, self)
 	if err := os.WriteFile(path, []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}

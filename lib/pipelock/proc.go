@@ -499,8 +499,16 @@ func (p *Proc) Stop() error {
 	return err
 }
 
+// kill ends the whole group, since the program may be a script around pipelock.
+// Its number cannot be another's: the child is not reaped before its output has
+// ended, and that is waited for here.
 func (p *Proc) kill() {
+	select {
+	case <-p.exited:
+		return
+	default:
+	}
 	// The one error is that it has ended.
-	_ = p.cmd.Process.Kill()
+	_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
 	<-p.exited
 }

@@ -240,6 +240,22 @@ func TestReload(t *testing.T) {
 	}
 }
 
+// A script that does not exec pipelock leaves nothing behind either.
+func TestStopOfScript(t *testing.T) {
+	t.Parallel()
+	p, err := start(t, "wrapped")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Stop(); err != nil {
+		t.Error(err)
+	}
+	if c, err := net.DialTimeout("tcp", p.Addr().String(), time.Second); err == nil {
+		c.Close()
+		t.Error("pipelock outlived its script")
+	}
+}
+
 func TestReloadOfDead(t *testing.T) {
 	p, err := start(t, "serve")
 	if err != nil {
