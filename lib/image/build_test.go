@@ -185,7 +185,7 @@ func newBench(t testing.TB) *bench {
 	return &bench{t: t, base: base, opts: Options{CacheDir: filepath.Join(dir, "cache")}}
 }
 
-// put writes a source file that is old enough to be remembered.
+// put writes a source file.
 func (b *bench) put(name string, data []byte) plan.Image {
 	b.t.Helper()
 	if err := os.WriteFile(filepath.Join(b.base, name), data, 0o644); err != nil {

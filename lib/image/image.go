@@ -215,35 +215,32 @@ func (c *cache) packImage(ctx context.Context, img *image, name string) (packed,
 	return packed{entry: e, kind: img.kind, cached: cached}, err
 }
 
-// Resolve gives the absolute path of an image source with every symlink
-// followed, and tells whether it lies in the manifest's folder. What lies
-// outside of it is put into the guest by a manifest that may come from a
-// stranger: a caller that starts bottles asks for trust first.
-func Resolve(source, base, home string) (path string, inside bool, err error) {
+// resolve gives the absolute path of an image source with every symlink
+// followed. Whether a path outside of the manifest's folder is to be trusted is
+// lib/trust's to say, before a bottle starts.
+func resolve(source, base, home string) (string, error) {
 	p := source
 	switch {
 	case p == "~" || strings.HasPrefix(p, "~/"):
 		if !filepath.IsAbs(home) {
-			return "", false, fault.New(fault.NoInput, "image_missing", "image %s: HOME is not set", quote(source)).
+			return "", fault.New(fault.NoInput, "image_missing", "image %s: HOME is not set", quote(source)).
 				WithHint("set HOME, or write the path in full")
 		}
-		p = filepath.Join(home, strings.TrimPrefix(p, "~"))
+		p = filepath.Join(home, p[1:])
+	case strings.HasPrefix(p, "~"):
+		return "", fault.New(fault.Data, "image_reference", "image %s: another user's home folder cannot be named", quote(source)).
+			WithHint("write the path in full, or ./%s if the name really starts with ~", source)
 	case !filepath.IsAbs(p):
-		if !filepath.IsAbs(base) {
-			return "", false, fault.New(fault.Bug, "bug", "image %s: base folder %s is not absolute", quote(source), quote(base))
-		}
 		p = filepath.Join(base, p)
+	}
+	if _, err := os.Stat(p); err != nil { // whose errors say more than EvalSymlinks'
+		return "", pathFault(err, source)
 	}
 	real, err := filepath.EvalSymlinks(p)
 	if err != nil {
-		return "", false, pathFault(err, source)
+		return "", pathFault(err, source)
 	}
-	root, err := filepath.EvalSymlinks(base)
-	if err != nil {
-		return "", false, pathFault(err, base)
-	}
-	rel, err := filepath.Rel(root, real)
-	return real, err == nil && filepath.IsLocal(rel), nil
+	return real, nil
 }
 
 // pathFault sorts an error about a path that the user named.
@@ -256,7 +253,12 @@ func pathFault(err error, name string) error {
 		return fault.New(fault.NoInput, "image_missing", "image %s: %w", quote(name), err).
 			WithHint("give the path of a rootfs folder, a docker-archive or an OCI layout, relative to the manifest's folder")
 	}
-	return fault.New(fault.IO, "image_io", "image %s: %w", quote(name), err)
+	return ioFault(err, name)
+}
+
+func ioFault(err error, name string) error {
+	return fault.New(fault.IO, "image_io", "image %s: %w", quote(name), err).
+		WithHint("the disk or the file system reports an error; see the kernel's log")
 }
 
 // errUnsafe, errCorrupt and errTooBig are the three things that can be wrong
@@ -294,5 +296,5 @@ func classify(ctx context.Context, err error, name string) error {
 		return fault.New(fault.NoPerm, "image_denied", "image %s: %w", quote(name), err).
 			WithHint("the image must be readable, and the cache writable, by the user who runs this")
 	}
-	return fault.New(fault.IO, "image_io", "image %s: %w", quote(name), err)
+	return ioFault(err, name)
 }

@@ -116,7 +116,7 @@ func (c *cache) indexed(s source) (packed, bool) {
 
 // remember notes what s was packed to. Failing to costs time only.
 func (c *cache) remember(s source, r packed) {
-	if s.stamp.print == "" || time.Since(s.stamp.newest) < settled {
+	if s.stamp.print == "" || c.opts.Now().Sub(s.stamp.newest) < settled {
 		return
 	}
 	data, err := json.Marshal(indexed{Stamp: s.stamp.print, Digest: r.entry.Digest, Kind: r.kind})

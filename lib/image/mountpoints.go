@@ -173,23 +173,22 @@ func follow(root *os.Root, res *resolver, p string) (at string, ok bool, err err
 		if !path.IsAbs(target) {
 			target = dir + "/" + target
 		}
-		// The folder part may hold "..", which only the resolver may take away.
-		// A target that ends in ".." or "." is a folder.
-		switch b := path.Base(target); b {
-		case "..", ".", "/":
-			real, missing, err := res.dir(strings.TrimLeft(target, "/"))
-			return real, err == nil && missing == "", nil
-		default:
-			parent := strings.TrimLeft(strings.TrimSuffix(strings.TrimRight(target, "/"), b), "/")
-			if parent == "" {
-				parent = "."
-			}
-			real, missing, err := res.dir(parent)
-			if err != nil || missing != "" {
-				return "", false, nil
-			}
-			p = path.Join(real, b)
+		// Only the resolver may take ".." away; its last part is a folder's.
+		parts := strings.Split(strings.TrimRight(target, "/"), "/")
+		last := parts[len(parts)-1]
+		if last != ".." && last != "." && last != "" {
+			parts = parts[:len(parts)-1]
+		} else {
+			last = "."
 		}
+		real, missing, err := res.follow(target, nil, parts)
+		if missing != "" || err != nil {
+			return "", false, nil
+		}
+		if last == "." {
+			return real, true, nil
+		}
+		p = path.Join(real, last)
 	}
 	return "", false, nil
 }

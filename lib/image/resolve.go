@@ -42,6 +42,16 @@ func (r *resolver) dir(name string) (real, missing string, err error) {
 		return real, "", nil
 	}
 	at, todo := r.start(name)
+	real, missing, err = r.follow(name, at, todo)
+	if err == nil && missing == "" {
+		r.known[name] = real
+	}
+	return real, missing, err
+}
+
+// follow walks on from the resolved parts at through todo, which may hold
+// anything. name is for messages.
+func (r *resolver) follow(name string, at, todo []string) (real, missing string, err error) {
 	for hops := 0; len(todo) > 0; {
 		part := todo[0]
 		todo = todo[1:]
@@ -83,9 +93,7 @@ func (r *resolver) dir(name string) (real, missing string, err error) {
 			return "", "", errUnsafe("%s is nested more than %d deep", quote(name), maxDepth)
 		}
 	}
-	real = joinReal(at)
-	r.known[name] = real
-	return real, "", nil
+	return joinReal(at), "", nil
 }
 
 // start splits name after the longest part of it that was resolved before.

@@ -59,7 +59,7 @@ type layer struct {
 }
 
 func openSource(src plan.Image, base string, o Options) (source, error) {
-	p, _, err := Resolve(src.Source, base, o.Home)
+	p, err := resolve(src.Source, base, o.Home)
 	if err != nil {
 		return source{}, err
 	}

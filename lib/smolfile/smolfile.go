@@ -34,8 +34,8 @@ type File struct {
 type wire struct {
 	Env     []string `toml:"env,omitempty"`
 	Workdir string   `toml:"workdir,omitempty"`
-	CPUs    uint8    `toml:"cpus,omitempty"`
-	Memory  uint32   `toml:"memory,omitempty"`
+	CPUs    uint8    `toml:"cpus,omitzero"`
+	Memory  uint32   `toml:"memory,omitzero"`
 	Net     bool     `toml:"net"`
 }
 
@@ -76,4 +76,17 @@ func (f File) TOML() ([]byte, error) {
 		return nil, fault.New(fault.Bug, "bug", "writing a Smolfile: %w", err)
 	}
 	return out.Bytes(), nil
+}
+
+// Section is the Smolfile for the pack section of a document, empty unless
+// smolvm is one of the plan's candidates. bottle-pack writes it and bottle-vm up
+// derives it again.
+func Section(b *plan.Bottle) (string, error) {
+	for _, c := range b.Runtime.Candidates {
+		if c.Engine == "smolvm" {
+			text, err := FromPlan(b).TOML()
+			return string(text), err
+		}
+	}
+	return "", nil
 }
