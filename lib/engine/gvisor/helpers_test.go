@@ -4,6 +4,7 @@ package gvisor
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -89,4 +90,9 @@ func TestAsPlainUser(t *testing.T) {
 	if !bytes.Contains(out, []byte("--- PASS: TestBottleExec")) {
 		t.Errorf("the tests did not run:\n%s", out)
 	}
+}
+
+func ownerOf(fi os.FileInfo) string {
+	st := fi.Sys().(*syscall.Stat_t)
+	return fmt.Sprintf("%d:%d", st.Uid, st.Gid)
 }
