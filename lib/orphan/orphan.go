@@ -50,8 +50,6 @@ type Facts struct {
 	MinAge time.Duration // 0 is at once, not the default
 	UID    int           // ours
 	BootID string
-	// StateDir is where Bottles come from; machines of another are not judged.
-	StateDir string
 	// Seen has the process that holds each pid that a record names. A pid that
 	// is free, or a zombie's, is not in it.
 	Seen     map[int]plan.Process
@@ -104,9 +102,9 @@ type RunDir struct {
 
 // VM is a machine of an engine that carries our label.
 type VM struct {
-	Name     string // a vm.id
-	StateDir string // from its label; "" when unknown
-	State    string // as the engine calls it
+	Name    string    // a vm.id
+	State   string    // as the engine calls it
+	Created time.Time // zero when unknown
 }
 
 // Decide gives the orphans, by bottle, in the order of their removal.
@@ -120,7 +118,7 @@ func Decide(f Facts) []Orphan {
 		all = append(all, f.bottle(b)...)
 	}
 	for _, m := range f.Machines {
-		if _, ours := plan.SplitVMID(m.Name); !ours || known[m.Name] || m.StateDir != "" && m.StateDir != f.StateDir {
+		if _, ours := plan.SplitVMID(m.Name); !ours || known[m.Name] || f.elsewhere(m) {
 			continue
 		}
 		all = append(all, Orphan{Kind: Machine, ID: m.Name, Action: "delete",
@@ -141,6 +139,14 @@ func Decide(f Facts) []Orphan {
 		all[i].Format = plan.FormatVersion
 	}
 	return all
+}
+
+// elsewhere tells whether a machine may be of a bottle that another state folder
+// of the same user holds: they share the place for sockets.
+func (f Facts) elsewhere(m VM) bool {
+	return f.young(m.Created) || slices.ContainsFunc(f.RunDirs, func(d RunDir) bool {
+		return filepath.Base(d.Path) == shortID(m.Name) && (d.InUse || f.young(d.Changed))
+	})
 }
 
 func shortID(id string) string { return id[strings.LastIndexByte(id, '-')+1:] }

@@ -54,7 +54,7 @@ func Collect(ctx context.Context, root *state.Root, now time.Time, minAge time.D
 }
 
 func facts(root *state.Root, now time.Time, minAge time.Duration) orphan.Facts {
-	f := orphan.Facts{Now: now, MinAge: minAge, UID: os.Geteuid(), StateDir: root.Dir, Seen: map[int]plan.Process{}}
+	f := orphan.Facts{Now: now, MinAge: minAge, UID: os.Geteuid(), Seen: map[int]plan.Process{}}
 	if self, err := state.Identify(os.Getpid()); err == nil {
 		f.BootID = self.BootID
 	}
