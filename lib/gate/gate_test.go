@@ -225,10 +225,18 @@ func (g *rig) connect(target string) (int, *refusalBody, net.Conn) {
 		g.t.Fatalf("CONNECT %s: %v", target, err)
 	}
 	if resp.StatusCode == 200 {
-		return 200, nil, c
+		return 200, nil, &buffered{c.(*net.UnixConn), br}
 	}
 	return resp.StatusCode, decode(g.t, resp), c
 }
+
+// buffered reads what came with the answer first.
+type buffered struct {
+	*net.UnixConn
+	r io.Reader
+}
+
+func (b *buffered) Read(p []byte) (int, error) { return b.r.Read(p) }
 
 type refusalBody struct {
 	Error struct {
