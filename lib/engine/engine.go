@@ -140,3 +140,15 @@ type Engine interface {
 	// mounts, its own state below r.Dir. Idempotent; nothing there is success.
 	Delete(ctx context.Context, r Ref) error
 }
+
+// Usage is what a guest uses.
+type Usage struct {
+	MemoryBytes int64
+	Pids        int
+}
+
+// Meter is an engine that can tell what a guest uses, for limits that the
+// keeper watches where nothing else can hold them.
+type Meter interface {
+	Usage(ctx context.Context, r Ref) (Usage, error)
+}

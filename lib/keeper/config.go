@@ -41,6 +41,8 @@ type Config struct {
 	Rootfs    string        `json:"rootfs"`    // "" for image host
 	Home      string        `json:"home"`      // "" to discard
 	Mounts    []engine.Bind `json:"mounts"`
+	Conceal   []string      `json:"conceal"` // files that secrets come from, absolute
+	UserHome  string        `json:"user_home"`
 	HostUID   int           `json:"host_uid"`
 	HostGID   int           `json:"host_gid"`
 

@@ -198,9 +198,7 @@ func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
 		return nil, err
 	}
 	k.monitor = startMonitor(k)
-	if err := k.guard.watch(k); err != nil {
-		return nil, err
-	}
+	k.guard.watch(k)
 	return started, k.finish(started)
 }
 
@@ -249,7 +247,7 @@ func (k *keeper) spec() (*engine.Spec, error) {
 		log.Close()
 		return nil, err
 	}
-	s.Binds = append(k.guard.binds, k.cfg.Mounts...)
+	s.Binds = slices.Concat(k.cfg.Mounts, k.guard.binds)
 	return s, nil
 }
 

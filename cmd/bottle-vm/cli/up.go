@@ -342,7 +342,16 @@ func (s *starter) secrets(ctx context.Context) error {
 	for _, m := range missing {
 		s.p.Warn("secret %s is missing: %s; its first use will be answered with 403 secret_missing", m.Name, m.Why)
 	}
-	s.cfg.Secrets = values
+	s.cfg.Secrets, s.cfg.UserHome = values, s.p.Getenv("HOME")
+	for _, sec := range s.bottle.Secrets {
+		if file, ok := strings.CutPrefix(sec.From, "file:"); ok {
+			path, err := s.vm.place(s.base).Path(file)
+			if err != nil {
+				return err
+			}
+			s.cfg.Conceal = append(s.cfg.Conceal, path)
+		}
+	}
 	return nil
 }
 

@@ -1,0 +1,105 @@
+package keeper
+
+import (
+	"context"
+	"os"
+	"slices"
+	"sync"
+
+	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/gitguard"
+)
+
+// guard runs gitguard over the bottle's life and remembers what it found.
+type guard struct {
+	g      *gitguard.Guard // nil before the start got that far
+	binds  []engine.Bind
+	cancel context.CancelFunc
+	done   chan struct{}
+	once   sync.Once
+
+	mu    sync.Mutex
+	found []string
+}
+
+// noGuard is the guard of a bottle that never started.
+func noGuard() *guard { return &guard{} }
+
+func newGuard(k *keeper) (*guard, error) {
+	o := gitguard.Options{
+		Workspace: k.cfg.Workspace, Mode: k.plan.Workspace.Mode, Hide: k.plan.Hide, Conceal: k.cfg.Conceal,
+		EmptyFile: k.bottle.Path("empty-file"), EmptyDir: k.bottle.Path("empty-dir"), Home: k.cfg.UserHome,
+	}
+	if k.cfg.Manifest != "" {
+		o.ReadOnly = []string{k.cfg.Manifest}
+	}
+	// What is mounted over hidden things: readable for whoever the guest is
+	// mapped to, writable for nobody.
+	err := os.WriteFile(o.EmptyFile, nil, 0o444)
+	if err == nil {
+		err = os.Mkdir(o.EmptyDir, 0o555)
+	}
+	if err != nil {
+		return nil, fault.New(fault.CantCreate, "cannot_create", "%w", err)
+	}
+	g, err := gitguard.Plan(o)
+	if err != nil {
+		return nil, err
+	}
+	g.KeepIn(func() (string, error) { return k.root.Aside(k.cfg.ID) })
+	return &guard{g: g, binds: g.Binds}, nil
+}
+
+// watch sets aside what appears while the guest runs. A guard that cannot watch
+// is a start that fails.
+func (g *guard) watch(k *keeper) {
+	ctx, cancel := context.WithCancel(context.Background())
+	g.cancel, g.done = cancel, make(chan struct{})
+	go func() {
+		defer close(g.done)
+		err := g.g.Watch(ctx, func(f gitguard.Finding) {
+			k.logf("workspace: %s", f)
+			g.note(f)
+		})
+		if err != nil && ctx.Err() == nil {
+			_ = k.halt("the workspace could not be watched any more: " + err.Error())
+		}
+	}()
+}
+
+func (g *guard) note(f gitguard.Finding) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if s := f.String(); !slices.Contains(g.found, s) {
+		g.found = append(g.found, s)
+	}
+}
+
+// report gives what was found so far, one line each.
+func (g *guard) report() []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Clone(g.found)
+}
+
+// sweep is the last look, after the guest has ended. It may be called more than
+// once.
+func (g *guard) sweep(k *keeper) (err error) {
+	if g.g == nil {
+		return nil
+	}
+	g.once.Do(func() {
+		if g.cancel != nil {
+			g.cancel()
+			<-g.done
+		}
+		var found []gitguard.Finding
+		found, err = g.g.Sweep()
+		for _, f := range found {
+			k.logf("workspace: %s", f)
+			g.note(f)
+		}
+	})
+	return err
+}

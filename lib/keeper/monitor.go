@@ -1,0 +1,80 @@
+package keeper
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/bottle-tools/bottle/lib/engine"
+)
+
+const sampleEvery = 500 * time.Millisecond
+
+// monitor holds the limits that the plan lets be watched: it samples, and ends
+// a guest that is above one.
+type monitor struct {
+	quit chan struct{}
+	once sync.Once
+}
+
+// startMonitor starts nothing, and returns nil, where no limit is watched.
+func startMonitor(k *keeper) *monitor {
+	r := k.plan.Resources
+	meter, ok := k.eng.(engine.Meter)
+	if r.Enforcement != "watched" || !ok || r.MemoryMiB == 0 && r.Pids == 0 {
+		return nil
+	}
+	m := &monitor{quit: make(chan struct{})}
+	go m.run(k, meter)
+	return m
+}
+
+func (m *monitor) run(k *keeper, meter engine.Meter) {
+	ref := engine.Ref{ID: k.cfg.ID, Dir: k.bottle.Dir, RunDir: k.rec.RunDir, Bottle: k.plan}
+	tick := time.NewTicker(sampleEvery)
+	defer tick.Stop()
+	for failures := 0; ; {
+		select {
+		case <-m.quit:
+			return
+		case <-k.ended:
+			return
+		case <-tick.C:
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		u, err := meter.Usage(ctx, ref)
+		cancel()
+		if err != nil {
+			// A limit that cannot be read is not held.
+			if failures++; failures == 5 {
+				_ = k.halt(fmt.Sprintf("its limits could not be watched any more: %v", err))
+				return
+			}
+			continue
+		}
+		failures = 0
+		if over := overLimit(k, u); over != "" {
+			_ = k.halt(over)
+			return
+		}
+	}
+}
+
+func overLimit(k *keeper, u engine.Usage) string {
+	r := k.plan.Resources
+	switch {
+	case r.MemoryMiB > 0 && u.MemoryBytes > int64(r.MemoryMiB)<<20:
+		return fmt.Sprintf("it used %d MiB of memory, its limit is %d (watched)", u.MemoryBytes>>20, r.MemoryMiB)
+	case r.Pids > 0 && u.Pids > r.Pids:
+		return fmt.Sprintf("it had %d processes, its limit is %d (watched)", u.Pids, r.Pids)
+	}
+	return ""
+}
+
+// stop may be called on nil and more than once.
+func (m *monitor) stop() {
+	if m != nil {
+		m.once.Do(func() { close(m.quit) })
+	}
+}
