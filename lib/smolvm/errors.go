@@ -26,6 +26,7 @@ var (
 	ErrInvalidState  = errors.New("the machine is in the wrong state")
 	ErrKVM           = errors.New("no working KVM")
 	ErrNotReady      = errors.New("the guest did not come up")
+	ErrBootExited    = errors.New("the guest ended while it booted")
 	ErrNotDeleted    = errors.New("the machine was not deleted")
 	ErrCommand       = errors.New("the guest could not start the command")
 	ErrFailed        = errors.New("smolvm failed")
@@ -76,6 +77,7 @@ var faults = map[error]fault.Error{
 	ErrInvalidState:  {Exit: fault.Unavailable, Code: "smolvm_invalid_state", Hint: "see its state with: smolvm machine status --name NAME"},
 	ErrKVM:           {Exit: fault.Host, Code: "smolvm_kvm", Hint: "smolvm needs read and write access to a /dev/kvm that can run guests; use runtime gvisor where there is none"},
 	ErrNotReady:      {Exit: fault.Host, Code: "smolvm_not_ready", Hint: "the guest did not start; prove the host with: bottle-vm doctor, or use runtime gvisor"},
+	ErrBootExited:    {Exit: fault.Host, Code: "smolvm_not_ready", Hint: "the guest did not start; prove the host with: bottle-vm doctor, or use runtime gvisor"},
 	ErrNotDeleted:    {Exit: fault.Unavailable, Code: "smolvm_not_deleted", Hint: "delete it with: smolvm machine delete --name NAME -f"},
 	ErrCommand:       {Exit: fault.Unavailable, Code: "smolvm_command", Hint: "the program or the working folder does not exist in the guest"},
 	ErrFailed:        {Exit: fault.Unavailable, Code: "smolvm_failed", Hint: "run the same smolvm command by hand"},
@@ -106,7 +108,7 @@ var markers = []struct {
 	{"failed to spawn command", ErrCommand},
 	{"invalid vm state", ErrInvalidState},
 	{"did not become ready", ErrNotReady},
-	{"before the agent was ready", ErrNotReady},
+	{"before the agent was ready", ErrBootExited},
 }
 
 // codes are the stable codes of --error-format json that say more than the

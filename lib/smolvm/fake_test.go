@@ -175,7 +175,7 @@ func TestRecordedLifecycle(t *testing.T) {
 	if err := c.MachineStop(ctx, "vm-a"); err != nil {
 		t.Error(err)
 	}
-	if err := c.MachineStart(ctx, "t1"); !errors.Is(err, ErrNotReady) {
+	if err := c.MachineStart(ctx, "t1"); !errors.Is(err, ErrBootExited) {
 		t.Errorf("start that failed: %v", err)
 	}
 	for name, want := range map[string]error{"bad name!": ErrInvalidName, "../x": ErrInvalidName, "": ErrInvalidName, "-x": ErrInvalidName, "Vm_A.1": ErrInvalidName} {

@@ -120,6 +120,16 @@ func (e *Engine) Available(ctx context.Context) error {
 	return e.checkUser(os.Geteuid())
 }
 
+// Version gives smolvm's version: whether a guest boots has to be proved anew for
+// each.
+func (e *Engine) Version(ctx context.Context) (string, error) {
+	c, err := e.client(ctx)
+	if err != nil {
+		return "", err
+	}
+	return c.Version.String(), nil
+}
+
 const install = "install the newest Python package smolmachines (its smol/smol-vmm is the smolvm command)"
 
 func checkVersion(c *smolvm.Client) error {

@@ -136,6 +136,10 @@ func TestAvailable(t *testing.T) {
 			t.Errorf("the version to install is not named: %v", err)
 		}
 	}
+	e, _ := scripted(t, version("1.9.1"))
+	if v, err := e.Version(t.Context()); v != "1.9.1" || err != nil {
+		t.Errorf("Version: %q, %v", v, err)
+	}
 	none := New([]string{"PATH=/nonexistent", "HOME=/nonexistent"})
 	wantFault(t, none.Available(t.Context()), fault.Unavailable, "smolvm_missing", "smolmachines")
 	if _, err := none.Alive(t.Context(), engine.Ref{ID: "x"}); !errors.Is(err, smolvm.ErrMissing) {
@@ -180,6 +184,7 @@ func TestPrepareRefuses(t *testing.T) {
 	}{
 		{"as it is", "", func(*testing.T, *engine.Spec) {}},
 		{"image host", "smolvm_image", func(_ *testing.T, s *engine.Spec) { s.Rootfs = "" }},
+		{"no socket yet", "", func(_ *testing.T, s *engine.Spec) { s.GateSocket = "" }},
 		{"pids", "smolvm_pids", func(_ *testing.T, s *engine.Spec) { s.Bottle.Resources.Pids = 10 }},
 		{"other owner", "smolvm_host_uid", func(_ *testing.T, s *engine.Spec) { s.HostUID++ }},
 		{"socket path too long", "smolvm_socket", func(_ *testing.T, s *engine.Spec) { s.GateSocket = "/" + strings.Repeat("a", 107) }},
@@ -278,8 +283,8 @@ func TestStart(t *testing.T) {
 		answer(0, "Machine 'x' running (PID: 1)\n", starting, "machine", "start", "--name", s.ID),
 		answer(0, statusJSON(s.ID, "unreachable", guestProc.Process.Pid), "", "machine", "status", "--name", s.ID, "--json"),
 		// Slow to answer: "not running" is not believed at once.
-		answer(1, "", notUp, "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "help"),
-		answer(0, "usage: …\n", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "help"),
+		answer(1, "", notUp, "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128"),
+		answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128"),
 	)
 	st, err := e.Start(t.Context(), s)
 	if err != nil {
@@ -345,6 +350,48 @@ func TestStartFails(t *testing.T) {
 	if _, err := os.Stat(ownDir(s.Dir)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("files are left: %v", err)
 	}
+}
+
+// A guest that is never ready is not tried twice: that would be a minute.
+func TestNeverReadyIsNotRetried(t *testing.T) {
+	s := newSpec(t)
+	e, f := scripted(t, version("1.9.1"),
+		answer(0, created, "", createArgv(s)...),
+		answer(0, "/var/x/vms/0123\n", "", "machine", "data-dir", "--name", s.ID),
+		answer(1, "", starting+"Error: agent operation failed: wait for ready: agent did not become ready within 30 seconds\n", "machine", "start", "--name", s.ID),
+		answer(1, "", unknown, "machine", "status", "--name", s.ID, "--json"),
+	)
+	_, err := e.Start(t.Context(), s)
+	wantFault(t, err, fault.Host, "smolvm_boot", "did not become ready")
+	if strings.Count(f.Calls(t), `"start"`) != 1 {
+		t.Errorf("calls:\n%s", f.Calls(t))
+	}
+}
+
+// A helper that could not set the guest up is a failed start.
+func TestHelperFails(t *testing.T) {
+	s := newSpec(t)
+	e, f := scripted(t, version("1.9.1"),
+		answer(0, created, "", createArgv(s)...),
+		answer(0, "/var/x/vms/0123\n", "", "machine", "data-dir", "--name", s.ID),
+		answer(0, "", starting, "machine", "start", "--name", s.ID),
+		answer(0, statusJSON(s.ID, "running", 0), "", "machine", "status", "--name", s.ID, "--json"),
+		answer(125, "", "bottle-guest: error: the helper is not ready\n", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128"),
+		answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
+		answer(0, "[]\n", "", "machine", "ls", "--json"),
+	)
+	_, err := e.Start(t.Context(), s)
+	wantFault(t, err, fault.Unavailable, "guest_failed", "not ready")
+	if !strings.Contains(f.Calls(t), `"delete"`) {
+		t.Errorf("calls:\n%s", f.Calls(t))
+	}
+}
+
+func TestHelperIsMissing(t *testing.T) {
+	e, _ := scripted(t, version("1.9.1"))
+	s := newSpec(t)
+	s.GuestHelper += ".none"
+	wantFault(t, e.Prepare(t.Context(), s), fault.Unavailable, "helper_missing")
 }
 
 // A machine of that name that is there already is not deleted.
@@ -610,7 +657,7 @@ func TestRealCutOffStartLeavesNothing(t *testing.T) {
 	cut.BootTimeout = 2 * time.Second
 	if err := cut.MachineStart(t.Context(), s.ID); err == nil {
 		t.Log("it booted in time")
-	} else if !errors.Is(err, smolvm.ErrTimeout) && !errors.Is(err, smolvm.ErrNotReady) {
+	} else if !errors.Is(err, smolvm.ErrTimeout) && !errors.Is(err, smolvm.ErrBootExited) {
 		t.Fatal(err)
 	}
 	t.Logf("monitors before: %d", monitorsBelow(home))

@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/creack/pty"
+
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/engine/smolvm/runner"
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -233,6 +235,54 @@ func TestExecSignals(t *testing.T) {
 	})
 	if status != 9 || out != "usr1\nterm\n" {
 		t.Errorf("%d %q", status, out)
+	}
+}
+
+// With a terminal the command has one too, smolvm stays in the foreground, and
+// sizes are the same.
+func TestExecOnATerminal(t *testing.T) {
+	e, r, _ := local(t)
+	ptm, pts, err := pty.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ptm.Close()
+	defer pts.Close()
+	if err := pty.Setsize(ptm, &pty.Winsize{Rows: 33, Cols: 101}); err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan string, 1)
+	go func() {
+		var b bytes.Buffer
+		buf := make([]byte, 1024)
+		for !strings.Contains(b.String(), "<end>") {
+			n, err := ptm.Read(buf)
+			b.Write(buf[:n])
+			if err != nil {
+				break
+			}
+		}
+		got <- b.String()
+	}()
+	if _, err := ptm.WriteString("typed\n"); err != nil {
+		t.Fatal(err)
+	}
+	status, err := e.Exec(t.Context(), r, engine.ExecRequest{Argv: []string{"sh", "-c", "stty size; read x; echo got $x; test -t 0 && test -t 1 && echo '<end>'; exit 5"},
+		Dir: "/", Stdin: pts, Stdout: pts, Stderr: pts, TTY: true})
+	if status != 5 || err != nil {
+		t.Errorf("%d, %v", status, err)
+	}
+	select {
+	case s := <-got:
+		if !strings.Contains(s, "33 101") || !strings.Contains(s, "got typed") {
+			t.Errorf("%q", s)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("no output")
+	}
+	log, err := os.ReadFile(filepath.Join(r.Dir, "log"))
+	if err != nil || !strings.Contains(string(log), " -i -t -- ") {
+		t.Errorf("%v\n%s", err, log)
 	}
 }
 

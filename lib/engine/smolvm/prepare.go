@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/smolvm"
 )
 
@@ -23,6 +24,9 @@ func (e *Engine) Prepare(ctx context.Context, s *engine.Spec) error {
 	}
 	if err := checkSpec(s, os.Geteuid()); err != nil {
 		return err
+	}
+	if fi, err := os.Stat(s.GuestHelper); err != nil || !fi.Mode().IsRegular() {
+		return fault.New(fault.Unavailable, "helper_missing", "the guest helper %s is missing", s.GuestHelper).WithHint("run make")
 	}
 	_, err := volumes(s)
 	return err
@@ -40,7 +44,8 @@ func checkSpec(s *engine.Spec, euid int) error {
 	case s.HostUID != euid:
 		return refuse("smolvm_host_uid", "workspace", "run it as the workspace's owner, or use runtime gvisor",
 			"the guest's writes would belong to uid %d, not to the workspace's owner, uid %d", euid, s.HostUID)
-	case !filepath.IsAbs(s.GateSocket) || len(s.GateSocket) > maxSocketPath || strings.Contains(s.GateSocket, ":"):
+	case s.GateSocket != "" && (!filepath.IsAbs(s.GateSocket) || len(s.GateSocket) > maxSocketPath || strings.Contains(s.GateSocket, ":")):
+		// Before Start there may be none yet.
 		return refuse("smolvm_socket", "", "use a shorter runtime folder without a colon in its path",
 			"%q cannot be the gate's socket", s.GateSocket)
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
@@ -154,7 +155,7 @@ func guestConfig(s *engine.Spec) guest.Config {
 	cfg := guest.Config{
 		Transport: guest.TransportUnix,
 		Relays:    []guest.Relay{{Listen: engine.GuestProxy, Service: guest.ServiceEgress, Socket: engine.GuestSocket}},
-		Hostname:  s.Bottle.ID,
+		Hostname:  s.ID,
 		User:      u,
 		CACert:    string(s.CACert),
 	}
@@ -176,9 +177,6 @@ func userOf(name string) guest.User {
 
 func copyFile(from, to string, mode os.FileMode) error {
 	in, err := os.Open(from)
-	if errors.Is(err, os.ErrNotExist) {
-		return fault.New(fault.Unavailable, "guest_helper_missing", "the guest helper %s is missing", from).WithHint("run: make")
-	}
 	if err != nil {
 		return err
 	}
@@ -219,10 +217,11 @@ func writeSynced(path string, b []byte) error {
 }
 
 // startTwice boots the machine. About one start in three was seen to fail with
-// "boot process exited" where a second one worked, so it gets one.
+// "boot process exited" where a second one worked, so it gets one. A guest that
+// is not ready in 30 s is not tried again: where KVM cannot run it, it never is.
 func startTwice(ctx context.Context, c *smolvm.Client, id, dir string) error {
 	err := c.MachineStart(ctx, id)
-	if !errors.Is(err, smolvm.ErrNotReady) {
+	if !errors.Is(err, smolvm.ErrBootExited) {
 		return err
 	}
 	if _, kerr := killMonitors(ctx, dataDirs(ctx, c, id, dir)); kerr != nil {
@@ -231,28 +230,23 @@ func startTwice(ctx context.Context, c *smolvm.Client, id, dir string) error {
 	return c.MachineStart(ctx, id)
 }
 
-// probe waits until a command runs in the guest: the helper tells its usage.
+// probe waits until commands run in the guest and the helper relays.
 func probe(ctx context.Context, c *smolvm.Client, id string) error {
-	var last error
-	for i := range probeTries {
-		if i > 0 {
-			if err := sleep(ctx, probePause); err != nil {
-				return join(last, err)
-			}
-		}
-		r, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: probeLimit}, engine.GuestHelper, "help")
-		if err == nil && r.Code == 0 {
+	for try := 1; ; try++ {
+		r, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: probeLimit}, engine.GuestHelper, "await", engine.GuestProxy)
+		switch {
+		case err == nil && r.Code == 0:
 			return nil
+		case err == nil:
+			return fault.New(fault.Unavailable, "guest_failed", "the guest helper did not get ready: status %d, %.200q", r.Code, r.Stderr).
+				WithHint("see what it said with: smolvm machine logs; the image has to be of this machine's architecture")
+		case !errors.Is(err, smolvm.ErrNotRunning) || try == probeTries:
+			return err
 		}
-		last = err
-		if err == nil {
-			last = fault.New(fault.Host, "smolvm_helper", "the guest helper does not run in the image: exit %d: %.200q", r.Code, r.Stderr).
-				WithHint("the image has to be of this machine's architecture")
-		} else if !errors.Is(err, smolvm.ErrNotRunning) {
-			break
+		if serr := sleep(ctx, probePause); serr != nil {
+			return join(err, serr)
 		}
 	}
-	return last
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
@@ -269,7 +263,8 @@ func sleep(ctx context.Context, d time.Duration) error {
 // explainBoot turns a boot that failed into a fault that says what to do.
 func explainBoot(err error, getenv func(string) string) error {
 	var e *smolvm.Error
-	if !errors.As(err, &e) || (e.Kind != smolvm.ErrNotReady && e.Kind != smolvm.ErrKVM && e.Kind != smolvm.ErrTimeout) {
+	boot := []error{smolvm.ErrNotReady, smolvm.ErrBootExited, smolvm.ErrKVM, smolvm.ErrTimeout}
+	if !errors.As(err, &e) || !slices.Contains(boot, e.Kind) {
 		return err
 	}
 	return fault.New(fault.Host, "smolvm_boot", "no guest boots here: %w", err).

@@ -6,6 +6,7 @@
 //	/opt/bottle/guest run MARKER      what /opt/bottle/run/MARKER.json asks for
 //	/opt/bottle/guest ran MARKER      the status it ended with, as JSON
 //	/opt/bottle/guest signal MARKER N send signal N to it
+//	/opt/bottle/guest await ADDRESS   end when the helper's relay listens
 //
 // MARKER is random for each command. What ran and how it ended is written below
 // StateDir, which only the guest's root can write: the agent cannot forge it.

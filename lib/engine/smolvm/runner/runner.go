@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -17,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -28,12 +30,15 @@ const (
 	ownFailure    = 125
 )
 
+// awaitLimit is what the helper gets to set the guest up.
+const awaitLimit = 20 * time.Second
+
 // Runner has the folders as fields, so that tests can have their own.
 type Runner struct{ Requests, States string }
 
 var markerForm = regexp.MustCompile(`^[0-9a-f]{32}$`)
 
-// Main serves the three verbs above. ok is false if args are none of them.
+// Main serves the verbs above. ok is false if args are none of them.
 func Main(args []string, stdout, stderr io.Writer) (status int, ok bool) {
 	return Runner{RequestDir, StateDir}.Main(args, stdout, stderr)
 }
@@ -46,6 +51,8 @@ func (r Runner) Main(args []string, stdout, stderr io.Writer) (status int, ok bo
 		status, err = r.run(args[1], stderr)
 	case len(args) == 2 && args[0] == "ran":
 		err = r.ran(args[1], stdout)
+	case len(args) == 2 && args[0] == "await":
+		err = await(args[1], awaitLimit)
 	case len(args) == 3 && args[0] == "signal":
 		err = r.signal(args[1], args[2])
 	default:
@@ -271,4 +278,19 @@ func (r Runner) signal(marker, number string) error {
 		return err
 	}
 	return nil
+}
+
+// await dials the address until somebody listens there.
+func await(address string, limit time.Duration) error {
+	deadline := time.Now().Add(limit)
+	for {
+		c, err := net.DialTimeout("tcp", address, time.Second)
+		if err == nil {
+			return c.Close()
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("the helper is not ready: %w", err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
 }
