@@ -5,6 +5,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -136,7 +137,9 @@ func cleanPath(s string) string {
 
 // reference is the form of an image reference (distribution/reference): an
 // optional registry, a path in lower case, an optional tag and digest.
-var reference = regexp.MustCompile(`^([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
+var reference = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$`)
+})
 
 func (l *loader) image(n node) plan.Image {
 	s, ok := l.text(n)
@@ -147,7 +150,7 @@ func (l *loader) image(n node) plan.Image {
 		return plan.Image{Kind: "path", Source: l.hostPath(n)}
 	case strings.Contains(s, "://"):
 		l.bad(n, "bad_image", "%s is a URL", "write a reference such as registry.example/name@sha256:…, or a path that starts with ./", quote(s))
-	case !reference.MatchString(s):
+	case !reference().MatchString(s):
 		l.bad(n, "bad_image", "%s is no image", `write "host", a path that starts with ./ ../ / or ~/, or a reference such as registry.example/name@sha256:…`, quote(s))
 	}
 	return plan.Image{Kind: "reference", Source: s}

@@ -95,23 +95,24 @@ func (l *loader) secretInEnv(n node, env []plan.EnvVar, b *bottle) {
 }
 
 // keyForms are how well-known services write their keys: what has one of these
-// forms is a key and no placeholder.
-var keyForms = []struct {
-	what string
-	form *regexp.Regexp
-}{
-	{"an Anthropic key", regexp.MustCompile(`sk-ant-[a-z0-9]+-[A-Za-z0-9_-]{20,}`)},
-	{"an OpenAI key", regexp.MustCompile(`sk-(proj-|svcacct-|admin-)?[A-Za-z0-9_-]{40,}`)},
-	{"a GitHub token", regexp.MustCompile(`gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{22,}`)},
-	{"a GitLab token", regexp.MustCompile(`glpat-[A-Za-z0-9_-]{20}`)},
-	{"an AWS key", regexp.MustCompile(`\b(AKIA|ASIA)[A-Z0-9]{16}\b`)},
-	{"a Google key", regexp.MustCompile(`AIza[A-Za-z0-9_-]{35}`)},
-	{"a Slack token", regexp.MustCompile(`xox[abeoprs]-[A-Za-z0-9-]{10,}`)},
-	{"a Stripe key", regexp.MustCompile(`[rs]k_live_[A-Za-z0-9]{16,}`)},
-	{"a package registry token", regexp.MustCompile(`npm_[A-Za-z0-9]{36}|pypi-AgE[A-Za-z0-9_-]{30,}`)},
-	{"a Hugging Face token", regexp.MustCompile(`\bhf_[A-Za-z0-9]{30,}`)},
-	{"a private key", regexp.MustCompile(`-----BEGIN [A-Z ]*PRIVATE KEY-----`)},
-	{"a signed token (JWT)", regexp.MustCompile(`\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}`)},
+// forms is a key and no placeholder. mark is a part that every such key has: an
+// expression is compiled only where it stands, since nearly no run needs any.
+var keyForms = []struct{ what, mark, form string }{
+	{"an Anthropic key", "sk-ant-", `sk-ant-[a-z0-9]+-[A-Za-z0-9_-]{20,}`},
+	{"an OpenAI key", "sk-", `\bsk-((proj|svcacct|admin)-[A-Za-z0-9_-]{40,}|[A-Za-z0-9]{40,})`},
+	{"a GitHub token", "gh", `gh[pousr]_[A-Za-z0-9]{36}`},
+	{"a GitHub token", "github_pat_", `github_pat_[A-Za-z0-9_]{22,}`},
+	{"a GitLab token", "glpat-", `glpat-[A-Za-z0-9_-]{20}`},
+	{"an AWS key", "AKIA", `\bAKIA[A-Z0-9]{16}\b`},
+	{"an AWS key", "ASIA", `\bASIA[A-Z0-9]{16}\b`},
+	{"a Google key", "AIza", `AIza[A-Za-z0-9_-]{35}`},
+	{"a Slack token", "xox", `xox[abeoprs]-[A-Za-z0-9-]{10,}`},
+	{"a Stripe key", "k_live_", `[rs]k_live_[A-Za-z0-9]{16,}`},
+	{"a package registry token", "npm_", `npm_[A-Za-z0-9]{36}`},
+	{"a package registry token", "pypi-AgE", `pypi-AgE[A-Za-z0-9_-]{30,}`},
+	{"a Hugging Face token", "hf_", `\bhf_[A-Za-z0-9]{30,}`},
+	{"a private key", "PRIVATE KEY-----", `-----BEGIN [A-Z ]*PRIVATE KEY-----`},
+	{"a signed token (JWT)", ".eyJ", `\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}`},
 }
 
 // noSecretValue refuses a key in the manifest: manifests are committed, and
@@ -121,7 +122,7 @@ func (l *loader) noSecretValue(n node, s string) {
 		return
 	}
 	for _, k := range keyForms {
-		if k.form.MatchString(s) {
+		if strings.Contains(s, k.mark) && regexp.MustCompile(k.form).MatchString(s) {
 			l.bad(n, "secret_value", "holds what looks like %s", `put it under secrets, such as "NAME": { "from": "env:NAME", "inject": [ … ] }, and revoke it if the manifest was shared`, k.what)
 			return
 		}

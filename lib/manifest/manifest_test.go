@@ -390,6 +390,28 @@ func TestSecretsAreNotRepeated(t *testing.T) {
 	}
 }
 
+func TestKeyForms(t *testing.T) {
+	x := strings.Repeat("A1b2C3d4", 10)
+	up := strings.ToUpper(x)
+	for _, key := range []string{
+		"sk-ant-api03-" + x, "sk-" + x, "sk-proj-" + x, "ghp_" + x[:36], "github_pat_" + x, "glpat-" + x[:20],
+		"AKIA" + up[:16], "ASIA" + up[:16], "AIza" + x[:35], "xoxb-" + x, "sk_live_" + x, "rk_live_" + x,
+		"npm_" + x[:36], "pypi-AgE" + x, "hf_" + x, "-----BEGIN OPENSSH PRIVATE KEY-----", "eyJ" + x + ".eyJ" + x + "." + x,
+		"Authorization: Bearer sk-ant-api03-" + x,
+	} {
+		_, err := Load([]byte(with(fmt.Sprintf(`"env":{"K":%q}`, key))), "m", files)
+		if f := fault.As(err); f == nil || f.Code != "secret_value" {
+			t.Errorf("%q: %v", key, err)
+		}
+	}
+	for _, fine := range []string{
+		"sk-ant-placeholder", "sk-placeholder", "bottle-placeholder", "task-" + x, "AKIAEXAMPLE", "https://example.com/" + x,
+		"fix the tests in lib/risk-assessment-and-more-words-that-go-on-and-on", "-----BEGIN CERTIFICATE-----",
+	} {
+		load(t, with(fmt.Sprintf(`"env":{"K":%q}`, fine)))
+	}
+}
+
 func FuzzLoad(f *testing.F) {
 	for _, name := range []string{"testdata/full.json"} {
 		b, err := os.ReadFile(name)

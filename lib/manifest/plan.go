@@ -2,6 +2,7 @@ package manifest
 
 import (
 	"slices"
+	"strings"
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -36,7 +37,7 @@ func (m *Manifest) Plan(name string) (*plan.Bottle, error) {
 	a, ok := m.agents[name]
 	if !ok {
 		return nil, fault.New(fault.Usage, "unknown_agent", "%s has no agent %s", m.Name, quote(name)).
-			WithHint("%s", m.agentHint(name))
+			WithHint("its agents: %s", strings.Join(m.Agents(), ", "))
 	}
 	b := a.bottle
 	p := &plan.Bottle{
@@ -74,17 +75,6 @@ func (b *bottle) guestEnv(agent []plan.EnvVar) []plan.EnvVar {
 		}
 	}
 	return merge(merge(merge(base(b.user), holders), b.env), agent)
-}
-
-func (m *Manifest) agentHint(name string) string {
-	if k := m.Nearest(name); k != "" {
-		return "did you mean " + k + "?"
-	}
-	hint := "its agents:"
-	for _, a := range m.Agents() {
-		hint += " " + a
-	}
-	return hint
 }
 
 // normalizeExact is Normalize for places where only a name will do.

@@ -3,7 +3,6 @@ package manifest
 import (
 	"bytes"
 	"fmt"
-	"regexp"
 	"slices"
 	"sort"
 	"strconv"
@@ -170,13 +169,13 @@ func (l *loader) skipComment(i int) int {
 	return i
 }
 
-var hujsonError = regexp.MustCompile(`^hujson: line (\d+), column (\d+): (.*)$`)
-
 // syntax turns the parser's error into a problem.
 func (l *loader) syntax(err error) {
 	where, msg, hint := l.name, err.Error(), "the manifest is JSON; // and /* */ comments and trailing commas are allowed"
-	if m := hujsonError.FindStringSubmatch(msg); m != nil {
-		where, msg = fmt.Sprintf("%s:%s:%s", l.name, m[1], m[2]), m[3]
+	var line, column int
+	if _, err := fmt.Sscanf(msg, "hujson: line %d, column %d:", &line, &column); err == nil {
+		msg = strings.SplitN(msg, ": ", 3)[2]
+		where = fmt.Sprintf("%s:%d:%d", l.name, line, column)
 	}
 	switch {
 	case strings.Contains(msg, "invalid literal"):
@@ -452,7 +451,7 @@ func (l *loader) enum(n node, words ...string) string {
 	if slices.Contains(words, s) {
 		return s
 	}
-	hint := "use one of " + strings.Join(words, ", ")
+	hint := "write one of them"
 	if w := nearest(s, words); w != "" {
 		hint = fmt.Sprintf("did you mean %q?", w)
 	}

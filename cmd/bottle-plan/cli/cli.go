@@ -5,7 +5,7 @@ package cli
 
 import (
 	"context"
-	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -24,8 +24,7 @@ AGENT, the manifest's only agent. The same manifest gives the same bytes on any
 machine; nothing is written, resolved or started.
 
     bottle-plan claude                    # the plan of one agent
-    bottle-plan claude --pretty           # wrong: flags come first
-    bottle-plan --pretty claude | less    # for people
+    bottle-plan --pretty claude | less    # for people; flags come first
     bottle-plan claude | bottle-vm up     # and run it
     bottle-plan --hash claude             # pin it: bottle-vm up --expect sha256:…
     bottle-plan init >bottle.json         # a manifest to start from
@@ -40,6 +39,7 @@ func Run(ctx context.Context, p *tool.Proc) int {
 	fs.StringVar(&c.file, "m", defaultManifest, "read the manifest from `FILE`; - is stdin")
 	fs.BoolVar(&c.all, "all", false, "plan every agent of the manifest, sorted by name")
 	fs.BoolVar(&c.hash, "hash", false, "print the digest of each plan instead of the document")
+	c.pretty = func() bool { return fs.Lookup("pretty").Value.String() == "true" }
 	root := &tool.Command{
 		Name:       "bottle-plan",
 		ShortUsage: "bottle-plan [-m FILE] [--hash] [--all | AGENT…]",
@@ -60,6 +60,7 @@ type planCommand struct {
 	out       *tool.Output
 	file      string
 	all, hash bool
+	pretty    func() bool
 }
 
 func (c *planCommand) run(args []string) error {
@@ -68,6 +69,9 @@ func (c *planCommand) run(args []string) error {
 	}
 	if c.all && len(args) > 0 {
 		return fault.New(fault.Usage, "usage", "--all and agent %q at the same time", args[0]).WithHint("leave one of the two out")
+	}
+	if c.hash && c.pretty() {
+		return fault.New(fault.Usage, "usage", "--hash and --pretty at the same time").WithHint("a digest has one form; leave --pretty out")
 	}
 	if err := c.plans(args); err != nil {
 		return c.failed(err)
@@ -127,6 +131,9 @@ func (c *planCommand) choose(m *manifest.Manifest, args []string) ([]string, err
 				return nil, fault.New(fault.Usage, "usage", "agent %q is named twice", a).WithHint("an id is planned once; give the second agent a name of its own")
 			}
 			seen[a] = true
+			if !slices.Contains(agents, a) {
+				return nil, unknownAgent(m, a)
+			}
 		}
 		return args, nil
 	case len(agents) == 1:
@@ -134,6 +141,16 @@ func (c *planCommand) choose(m *manifest.Manifest, args []string) ([]string, err
 	}
 	return nil, fault.New(fault.Usage, "which_agent", "%s has %d agents and none was named", m.Name, len(agents)).
 		WithHint("name one of %s, or give --all", strings.Join(agents, ", "))
+}
+
+// unknownAgent also names the verbs: a verb that was misspelt is taken for an
+// agent.
+func unknownAgent(m *manifest.Manifest, name string) error {
+	f := fault.New(fault.Usage, "unknown_agent", "%s has no agent %q", m.Name, name)
+	if k := m.Nearest(name); k != "" {
+		return f.WithHint("did you mean %s?", k)
+	}
+	return f.WithHint("its agents: %s; verbs: check, init, schema", strings.Join(m.Agents(), ", "))
 }
 
 func (c *planCommand) write(b *plan.Bottle, named bool) error {
@@ -145,14 +162,13 @@ func (c *planCommand) write(b *plan.Bottle, named bool) error {
 		if named {
 			digest += "  " + b.Agent
 		}
-		_, err = fmt.Fprintln(c.p.Stdout, digest)
-		return writeFailed(err)
+		return c.out.WriteLine([]byte(digest))
 	}
 	d, err := plan.New(b)
 	if err != nil {
 		return err
 	}
-	if n := len(d.Line()); n > plan.MaxBytes {
+	if n := len(d.Raw("bottle")) + 64; n > plan.MaxBytes { // and the envelope
 		return fault.New(fault.Data, "too_large", "the plan of %s has %d MiB, and a document may have %d", b.Agent, n>>20, plan.MaxBytes>>20).
 			WithHint("allow ranges or wildcards in place of so many hosts")
 	}
