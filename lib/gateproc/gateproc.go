@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"syscall"
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -61,11 +62,13 @@ func Start(exe string, cfg Config, log *os.File) (*Process, error) {
 	}
 	defer theirs.Close()
 	cmd := exec.Command(exe, "serve", "--keeper")
-	cmd.Env = []string{"PATH=/usr/bin:/bin", "GOMEMLIMIT=256MiB"}
+	cmd.Env = environment()
 	cmd.Dir = "/"
 	cmd.Stderr = log
 	cmd.ExtraFiles = []*os.File{theirs}
-	cmd.SysProcAttr = dieWithParent()
+	// No parent-death signal: it would fire when the thread that forks ends. The
+	// gate ends by itself when the keeper's end of its socket is closed.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	stdin, err := cmd.StdinPipe()
 	if err == nil {
 		var stdout io.ReadCloser
@@ -81,6 +84,18 @@ func Start(exe string, cfg Config, log *os.File) (*Process, error) {
 	conns.Close()
 	return nil, fault.New(fault.Unavailable, "gate_failed", "starting the gate: %w", err).
 		WithHint("bottle-egress has to stand beside bottle-vm; run make build")
+}
+
+// environment is next to nothing: where the host's trust roots are, if somebody
+// moved them.
+func environment() []string {
+	env := []string{"PATH=/usr/bin:/bin", "GOMEMLIMIT=256MiB"}
+	for _, name := range []string{"SSL_CERT_FILE", "SSL_CERT_DIR"} {
+		if v := os.Getenv(name); v != "" {
+			env = append(env, name+"="+v)
+		}
+	}
+	return env
 }
 
 func (p *Process) feed(w io.WriteCloser, config []byte) {

@@ -67,8 +67,11 @@ func Open(getenv func(string) string) (*Root, error) {
 // ownFolder refuses a folder that is not ours alone to write.
 func ownFolder(dir string) error {
 	fi, err := os.Lstat(dir)
-	if err != nil {
+	if errors.Is(err, fs.ErrNotExist) {
 		return err
+	}
+	if err != nil {
+		return fault.New(fault.NoPerm, "bad_state_dir", "%w", err).WithHint("set XDG_STATE_HOME to a folder of your own")
 	}
 	st, ok := fi.Sys().(*syscall.Stat_t)
 	switch {
@@ -389,8 +392,11 @@ func (r *Root) Aside(id string) (string, error) {
 			return "", err
 		}
 	}
-	return filepath.Join(dir, id), mkdir(filepath.Join(dir, id))
+	return r.AsidePath(id), mkdir(r.AsidePath(id))
 }
+
+// AsidePath is the folder that Aside makes.
+func (r *Root) AsidePath(id string) string { return filepath.Join(r.Dir, "aside", id) }
 
 // Audit is where the bottle's audit log lies. It outlives the bottle: what an
 // agent reached is asked for after the agent is gone.

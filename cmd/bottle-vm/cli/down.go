@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -44,9 +45,12 @@ there is no error, so that an EXIT trap can call it unconditionally.`,
 			var errs []error
 			for _, id := range ids {
 				if report {
-					v.report(id)
+					v.reportDenied(id)
 				}
 				errs = append(errs, v.down(ctx, id))
+				if report {
+					v.reportAside(id)
+				}
 			}
 			return errors.Join(errs...)
 		},
@@ -132,9 +136,9 @@ func (v *vm) down(ctx context.Context, id string) error {
 	return v.remove(ctx, b, rec)
 }
 
-// report tells what the bottle's owner should know before it is gone. It is
-// prose, and a bottle that cannot tell any more is no error.
-func (v *vm) report(id string) {
+// reportDenied tells which hosts the agent asked for in vain. It is prose, and
+// a bottle that cannot tell any more is no error.
+func (v *vm) reportDenied(id string) {
 	root, err := v.root()
 	if err != nil {
 		return
@@ -146,14 +150,21 @@ func (v *vm) report(id string) {
 	for _, d := range denied(root.Audit(b.ID)) {
 		fmt.Fprintf(v.p.Stderr, "bottle: denied %s (%s, %d times): %s\n", d.target, d.code, d.n, d.reason)
 	}
-	rec, err := b.Load()
+}
+
+// reportAside tells, once the bottle is gone, what was taken out of its
+// workspace because git on the host would have run it.
+func (v *vm) reportAside(id string) {
+	root, err := v.root()
 	if err != nil {
 		return
 	}
-	if a, err := keeper.Ask(rec.RunDir, keeper.Request{Do: "status"}, time.Second); err == nil {
-		for _, f := range a.Findings {
-			fmt.Fprintf(v.p.Stderr, "bottle: %s\n", f)
-		}
+	entries, err := os.ReadDir(root.AsidePath(id))
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		fmt.Fprintf(v.p.Stderr, "bottle: set aside from the workspace: %s\n", filepath.Join(root.AsidePath(id), e.Name()))
 	}
 }
 

@@ -307,29 +307,17 @@ func (s *starter) engine(ctx context.Context) (err error) {
 }
 
 // proxy picks the gate's upstream. auto takes pipelock where it is installed
-// and the policy can be said to it.
+// and has something to carry.
 func (s *starter) proxy(ctx context.Context) error {
-	want := s.bottle.Egress.Proxy
-	if want == "builtin" {
-		return nil
-	}
 	eg, err := s.doc.Egress()
 	if err != nil {
 		return err
 	}
-	prog, err := pipelock.Find(ctx, s.p.Getenv)
-	if err != nil || eg.Pipelock == nil {
-		if want == "auto" {
-			return nil
-		}
-		if err == nil {
-			err = fault.New(fault.Data, "no_pipelock_policy", "pipelock cannot run with this policy: it needs at least one allowed host").
-				WithHint("allow one, or set egress.proxy to builtin")
-		}
-		return err
+	prog, _, err := pipelock.Choose(ctx, s.bottle, eg, s.p.Getenv)
+	if err == nil && prog != nil {
+		s.cfg.Pipelock = prog.Path
 	}
-	s.cfg.Pipelock = prog.Path
-	return nil
+	return err
 }
 
 func (s *starter) secrets(ctx context.Context) error {
