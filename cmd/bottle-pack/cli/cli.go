@@ -1,0 +1,180 @@
+// Package cli is the body of bottle-pack. The filter is in this file, the verb
+// ls in one of its own.
+package cli
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+
+	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/image"
+	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/smolfile"
+	"github.com/bottle-tools/bottle/lib/tool"
+)
+
+// stage is the name under which failures and diagnostics are recorded.
+const stage = "pack"
+
+// Run is bottle-pack as a value; it returns the exit status.
+func Run(ctx context.Context, p *tool.Proc) int {
+	fs := p.Flags("bottle-pack")
+	out := p.OutputFlags(fs)
+	c := &command{p: p}
+	fs.StringVar(&c.dir, "dir", "", "the manifest's `FOLDER`, where relative images start (default: the working folder)")
+	c.cacheFlag(fs)
+	return p.Run(ctx, &tool.Command{
+		Name:       "bottle-pack",
+		ShortUsage: "bottle-plan … | bottle-pack [--dir FOLDER] [--cache FOLDER] [-o FILE] [--pretty]",
+		ShortHelp:  "turn the image of a plan into a root file system in the cache",
+		LongHelp: `
+Reads documents that have a bottle section and adds pack: the image's digest,
+its kind (host, rootfs, docker-archive, oci-layout, reference), the size of what
+it unpacks to, whether it was in the cache, and for smolvm the Smolfile. A plan
+that only smolvm can serve also gets the archive that smolvm takes. Nothing but
+the cache is written. It is $XDG_CACHE_HOME/bottle/images, or ~/.cache/…, and
+/var/cache/bottle/images for root.
+
+  bottle-plan claude | bottle-pack --pretty
+  bottle-pack ls`,
+		FlagSet:     fs,
+		Subcommands: []*tool.Command{lsCommand(p)},
+		Exec: func(ctx context.Context, args []string) error {
+			if err := noVerb(args); err != nil {
+				return err
+			}
+			return p.Filter(ctx, stage, out, c.pack)
+		},
+	})
+}
+
+func noVerb(args []string) error {
+	if err := tool.CheckArgs(args); err != nil || len(args) == 0 {
+		return err
+	}
+	return fault.New(fault.Usage, "usage", "unknown verb %q", args[0]).
+		WithHint("the only verb is ls; without one, documents are read from stdin")
+}
+
+type command struct {
+	p     *tool.Proc
+	dir   string
+	cache string
+}
+
+func (c *command) cacheFlag(fs *flag.FlagSet) {
+	fs.StringVar(&c.cache, "cache", "", "keep root file systems in `FOLDER`")
+	c.p.Ambient(fs, "cache")
+}
+
+// cacheDir is the cache folder, absolute.
+func (c *command) cacheDir() (string, error) {
+	if c.cache == "" {
+		return image.DefaultDir(c.p.Getenv, os.Geteuid(), c.p.Getenv("HOME"))
+	}
+	dir, err := filepath.Abs(c.cache)
+	if err != nil {
+		return "", fault.New(fault.NoInput, "cache_unknown", "cache folder %s: %w", c.cache, err).WithHint("give --cache a full path")
+	}
+	return dir, nil
+}
+
+// pack writes the pack section; one that is there is derived anew.
+func (c *command) pack(ctx context.Context, d *plan.Doc) error {
+	b, err := d.Bottle()
+	if err != nil {
+		return err
+	}
+	base, err := c.base(b)
+	if err != nil {
+		return err
+	}
+	opts := image.Options{Home: c.p.Getenv("HOME"), Progress: prefixed{c.p}, Now: c.p.Now}
+	if b.Image.Kind != image.KindHost {
+		if opts.CacheDir, err = c.cacheDir(); err != nil {
+			return err
+		}
+	}
+	section, _, err := image.Pack(ctx, b.Image, base, opts)
+	if err != nil {
+		return err
+	}
+	if section.Smolfile, err = smolfile.Section(b); err != nil {
+		return err
+	}
+	if onlySmolvm(b) {
+		if _, err := image.Archive(ctx, b.Image, base, opts); err != nil {
+			return err
+		}
+	}
+	return d.Set("pack", section)
+}
+
+// onlySmolvm tells whether no other engine may run the plan. Where one may, the
+// archive is made when smolvm has been chosen.
+func onlySmolvm(b *plan.Bottle) bool {
+	for _, c := range b.Runtime.Candidates {
+		if c.Engine != "smolvm" {
+			return false
+		}
+	}
+	return len(b.Runtime.Candidates) > 0
+}
+
+// base is the manifest's folder, for images that are paths. It must hold the
+// manifest that was planned: relative paths mean nothing anywhere else.
+func (c *command) base(b *plan.Bottle) (string, error) {
+	if b.Image.Kind != "path" {
+		return "", nil
+	}
+	if c.dir == "" && b.Manifest.Name == "-" {
+		return "", fault.New(fault.Usage, "usage", "the manifest came from stdin, so its folder is not known").
+			WithHint("give it with --dir")
+	}
+	dir, err := filepath.Abs(c.dir)
+	if err == nil {
+		dir, err = filepath.EvalSymlinks(dir)
+	}
+	if err != nil {
+		return "", fault.New(fault.NoInput, "no_manifest_dir", "--dir: %w", err).WithHint("give the folder of the manifest")
+	}
+	if b.Manifest.Name == "-" {
+		return dir, nil
+	}
+	raw, err := readFile(filepath.Join(dir, b.Manifest.Name))
+	if err != nil {
+		return "", fault.New(fault.NoInput, "no_manifest", "the manifest of this plan: %w", err).
+			WithHint("run bottle-pack in the manifest's folder, or give --dir")
+	}
+	if got := plan.SHA256(raw); got != b.Manifest.SHA256 {
+		return "", fault.New(fault.Data, "manifest_changed", "%s is not the manifest that was planned (%.19s…, planned %.19s…)",
+			b.Manifest.Name, got, b.Manifest.SHA256).
+			WithHint("plan again, or give --dir with the folder of the manifest")
+	}
+	return dir, nil
+}
+
+// readFile reads a regular file; a fifo of that name would be waited for.
+func readFile(path string) ([]byte, error) {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !fi.Mode().IsRegular() {
+		return nil, &os.PathError{Op: "read", Path: path, Err: errors.New("not a file")}
+	}
+	return os.ReadFile(path)
+}
+
+// prefixed writes lines of progress the way warnings and errors are written.
+type prefixed struct{ p *tool.Proc }
+
+func (w prefixed) Write(line []byte) (int, error) {
+	if _, err := w.p.Stderr.Write(append([]byte(w.p.Name+": "), line...)); err != nil {
+		return 0, err
+	}
+	return len(line), nil
+}
