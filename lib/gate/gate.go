@@ -71,6 +71,7 @@ type Config struct {
 	Resolver   Resolver
 	Dial       func(ctx context.Context, network, address string) (net.Conn, error)
 	Interfaces func() ([]netip.Addr, error)
+	limits     *limits
 }
 
 // Resolver looks up the addresses of a fully qualified name (with its final
@@ -179,6 +180,9 @@ func New(cfg Config) (*Gate, error) {
 func (g *Gate) defaults() {
 	if g.cfg.MaxConns == 0 {
 		g.cfg.MaxConns = DefaultMaxConns
+	}
+	if g.cfg.limits != nil {
+		g.limits = *g.cfg.limits
 	}
 	if g.cfg.Log == nil {
 		g.cfg.Log = io.Discard

@@ -153,8 +153,9 @@ func TestSSH(t *testing.T) {
 
 func TestIdleTunnelEnds(t *testing.T) {
 	port := serveTCP(t, func(c *net.TCPConn) { io.Copy(c, c) })
-	g := start(t, []plan.Rule{tcpRule("tcp.test", port)}, nil, nil)
-	g.gate.limits.tunnel = 300 * time.Millisecond
+	l := defaultLimits
+	l.tunnel = 300 * time.Millisecond
+	g := start(t, []plan.Rule{tcpRule("tcp.test", port)}, nil, func(c *Config) { c.limits = &l })
 	_, _, c := g.connect(hostPort("tcp.test", port))
 	// It lives as long as something moves, in one direction or the other.
 	for range 5 {
@@ -171,10 +172,13 @@ func TestIdleTunnelEnds(t *testing.T) {
 }
 
 func TestSlowClients(t *testing.T) {
+	l := defaultLimits
+	l.handshake, l.head = 300*time.Millisecond, 300*time.Millisecond
 	o := startOrigin(t, true, echo, "api.test")
-	g := start(t, []plan.Rule{pin(allowHost("api.test", "tls", o.port), "127.0.0.1")}, nil, func(c *Config) { c.MaxConns = 50 })
-	g.gate.limits.handshake = 200 * time.Millisecond
-	g.gate.server.ReadHeaderTimeout = 200 * time.Millisecond
+	g := start(t, []plan.Rule{pin(allowHost("api.test", "tls", o.port), "127.0.0.1")}, nil, func(c *Config) {
+		c.MaxConns = 50
+		c.limits = &l
+	})
 	began := time.Now()
 	var wg sync.WaitGroup
 	for i := range 40 {
