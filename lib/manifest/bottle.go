@@ -110,29 +110,51 @@ func merge(a, b []plan.EnvVar) []plan.EnvVar {
 
 // hostPath reads a path on the host: relative to the manifest's folder,
 // absolute, or below the home of whoever runs the bottle (~/…).
-func (l *loader) hostPath(n node) string {
+func (l *loader) hostPath(n node) (p string, ok bool) {
 	s, ok := l.text(n)
 	if !ok {
-		return "."
+		return "", false
 	}
-	if strings.HasPrefix(s, "~") && s != "~" && !strings.HasPrefix(s, "~/") {
-		l.bad(n, "bad_path", "%s names another user's home", "use ~/… or an absolute path", quote(s))
-		return "."
+	if why := badPath(s); why != "" {
+		l.bad(n, "bad_path", "%s %s", "write it relative to the manifest's folder, absolute, or as ~/…", quote(s), why)
+		return "", false
 	}
-	if strings.Contains(s, "$") {
-		l.bad(n, "bad_path", "%s holds a variable, and none is expanded", "use ~/… for the home, or write the path out", quote(s))
-		return "."
+	return cleanPath(s), true
+}
+
+// folder is hostPath for what the guest will see: never the whole host.
+func (l *loader) folder(n node) (p string, ok bool) {
+	if p, ok = l.hostPath(n); p == "/" {
+		l.bad(n, "bad_path", "%s is the whole host", "name the folder that the agent needs", quote(p))
+		return "", false
 	}
-	return cleanPath(s)
+	return p, ok
+}
+
+// badPath says what is wrong with a path, or nothing.
+func badPath(s string) string {
+	switch {
+	case s == "":
+		return "is empty"
+	case strings.ContainsFunc(s, control):
+		return "holds control characters"
+	case strings.HasPrefix(s, "~") && s != "~" && !strings.HasPrefix(s, "~/"):
+		return "names another user's home"
+	case strings.Contains(s, "$"):
+		return "holds a variable, and none is expanded"
+	}
+	return ""
 }
 
 func cleanPath(s string) string {
 	if rest, ok := strings.CutPrefix(s, "~/"); ok {
-		// ~/.. has to stay below ~ in the text, or it would turn into a
-		// relative path.
-		return "~" + strings.TrimSuffix("/"+strings.TrimPrefix(path.Clean(rest), "./"), "/.")
+		return strings.TrimSuffix("~/"+path.Clean(rest), "/.")
 	}
-	return path.Clean(s)
+	whole := s
+	if s = path.Clean(s); strings.HasPrefix(s, "~") && whole != "~" {
+		return "./" + s // a name that starts with ~, and no home
+	}
+	return s
 }
 
 // reference is the form of an image reference (distribution/reference): an
@@ -147,7 +169,8 @@ func (l *loader) image(n node) plan.Image {
 	case !ok || s == "host":
 		return plan.Image{Kind: "host"}
 	case s == "." || s == ".." || s == "~" || strings.HasPrefix(s, "./") || strings.HasPrefix(s, "../") || strings.HasPrefix(s, "/") || strings.HasPrefix(s, "~"):
-		return plan.Image{Kind: "path", Source: l.hostPath(n)}
+		p, _ := l.hostPath(n)
+		return plan.Image{Kind: "path", Source: p}
 	case strings.Contains(s, "://"):
 		l.bad(n, "bad_image", "%s is a URL", "write a reference such as registry.example/name@sha256:…, or a path that starts with ./", quote(s))
 	case !reference().MatchString(s):
@@ -160,7 +183,7 @@ func (l *loader) workspace(n node) plan.Workspace {
 	w := plan.Workspace{Path: ".", Mode: "rw"}
 	ms, _ := l.object(n, "path", "mode")
 	if p, ok := ms.get("path"); ok {
-		w.Path = l.hostPath(p)
+		w.Path, _ = l.folder(p)
 	}
 	if m, ok := ms.get("mode"); ok {
 		w.Mode = l.enum(m, "rw", "ro", "scratch")
@@ -212,7 +235,7 @@ func (l *loader) mounts(n node) []plan.Mount {
 		}
 		m := plan.Mount{Mode: "ro"}
 		if s, ok := l.required(e, ms, "source"); ok {
-			m.Source = l.hostPath(s)
+			m.Source, _ = l.folder(s)
 		}
 		if t, ok := l.required(e, ms, "target"); ok {
 			m.Target = l.mountTarget(t)
@@ -271,8 +294,8 @@ func (l *loader) resources(n node) plan.Resources {
 // rootFile reads a file of certificates that the gate is to trust. Its bytes
 // are pinned by digest: what the gate trusts is what was reviewed.
 func (l *loader) rootFile(n node) (plan.Root, bool) {
-	p := l.hostPath(n)
-	if p == "." {
+	p, ok := l.hostPath(n)
+	if !ok {
 		return plan.Root{}, false
 	}
 	data, err := l.read(p)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/policy"
 )
 
 const pemFile = "-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n"
@@ -361,6 +362,20 @@ func TestManyHosts(t *testing.T) {
 	load(t, with(`"egress":{"proxy":"builtin","allow":[`+hosts(2001)+`]}`))
 }
 
+func TestCleanPath(t *testing.T) {
+	for in, want := range map[string]string{
+		".": ".", "./": ".", "a/": "a", "./a//b/../c": "a/c", "../a": "../a", "/": "/", "//x/": "/x",
+		"~": "~", "~/": "~", "~/.": "~", "~/a/": "~/a", "~/../x": "~/../x", "~/./.ssh": "~/.ssh", "./~x": "./~x", "./~": "./~",
+	} {
+		if got := cleanPath(in); got != want {
+			t.Errorf("cleanPath(%q) = %q, want %q", in, got, want)
+		}
+		if got := cleanPath(cleanPath(in)); got != want {
+			t.Errorf("cleanPath(%q) is not stable: %q", in, got)
+		}
+	}
+}
+
 func TestUnknownAgent(t *testing.T) {
 	_, err := load(t, with("")).Plan("b")
 	if f := fault.As(err); f == nil || f.Exit != fault.Usage || !strings.Contains(f.Hint, "a") {
@@ -442,6 +457,10 @@ func FuzzLoad(f *testing.F) {
 				t.Fatal(err)
 			}
 			if _, err := plan.Digest(p); err != nil {
+				t.Fatal(err)
+			}
+			// What is planned is what the gate takes.
+			if _, err := policy.Compile(p.Egress.Rules); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -70,7 +70,11 @@ func TestSchemaAcceptsGoodManifests(t *testing.T) {
 		}
 		m := load(t, string(text))
 		for _, a := range m.Agents() {
-			if _, err := m.Plan(a); err != nil {
+			b, err := m.Plan(a)
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			if _, err := policy.Compile(b.Egress.Rules); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}
 		}

@@ -112,8 +112,7 @@ func (l *loader) source(n node) (from string, command []string) {
 		}
 		return s, nil
 	case "file":
-		if rest == "" || strings.ContainsFunc(rest, control) || strings.Contains(rest, "$") ||
-			strings.HasPrefix(rest, "~") && rest != "~" && !strings.HasPrefix(rest, "~/") {
+		if badPath(rest) != "" {
 			l.bad(n, "bad_secret", "file: is followed by no path", "write file: and a path, relative to the manifest or starting with / or ~/")
 			return s, nil
 		}
