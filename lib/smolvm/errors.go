@@ -26,7 +26,7 @@ var (
 	ErrInvalidState  = errors.New("the machine is in the wrong state")
 	ErrKVM           = errors.New("no working KVM")
 	ErrNotReady      = errors.New("the guest did not come up")
-	ErrBootExited    = errors.New("the guest ended while it booted")
+	ErrBootExited    = errors.New("the guest ended while it booted, without an error")
 	ErrNotDeleted    = errors.New("the machine was not deleted")
 	ErrCommand       = errors.New("the guest could not start the command")
 	ErrFailed        = errors.New("smolvm failed")
@@ -100,6 +100,7 @@ var markers = []struct {
 }{
 	{"KvmOpen", ErrKVM},
 	{"KVM not available", ErrKVM},
+	{"/dev/kvm", ErrKVM}, // kvm permission denied: Cannot access /dev/kvm
 	{"vm not found", ErrNotFound},
 	{"' not found", ErrNotFound}, // status --json: machine 'x' not found
 	{"already exists", ErrAlreadyExists},
@@ -108,7 +109,8 @@ var markers = []struct {
 	{"failed to spawn command", ErrCommand},
 	{"invalid vm state", ErrInvalidState},
 	{"did not become ready", ErrNotReady},
-	{"before the agent was ready", ErrBootExited},
+	{"exited (code 0)", ErrBootExited}, // boot process exited (code 0) before the agent was ready
+	{"before the agent was ready", ErrNotReady},
 }
 
 // codes are the stable codes of --error-format json that say more than the

@@ -562,26 +562,30 @@ func TestProgramEnv(t *testing.T) {
 	}
 }
 
-func TestCheck(t *testing.T) {
-	real := func(t *testing.T, v string) *Engine {
-		bin := smolvmtest.Real(t, v)
-		return New([]string{"HOME=" + t.TempDir(), "PATH=/usr/bin:/bin", "BOTTLE_SMOLVM=" + bin})
-	}
-	// With smolvm's change of user, root's guest may not open a /dev/kvm of mode
-	// 0600: the quick form of a host on which nothing boots.
-	e := real(t, "1.9.1")
-	err := e.Check(t.Context(), t.TempDir())
-	if err == nil {
-		t.Log("a guest boots here")
-	} else {
-		wantFault(t, err, fault.Host, "smolvm_boot", "gvisor")
-	}
-	c, cerr := e.client(t.Context())
-	if cerr != nil {
-		t.Fatal(cerr)
-	}
-	if list, err := c.MachineLs(t.Context()); err != nil || len(list) != 0 {
-		t.Errorf("left over: %v, %v", list, err)
+// Where nothing boots, Check says so and what to do, and leaves nothing. Root
+// with smolvm's change of user and a /dev/kvm of mode 0600, or a user who may not
+// open it, is the quick form of that.
+func TestRealCheck(t *testing.T) {
+	for _, v := range []string{"1.9.1", "1.32.2"} {
+		t.Run(v, func(t *testing.T) {
+			if v != "1.9.1" && os.Getenv("BOTTLE_CANARIES") != "1" {
+				t.Skipf("NOT RUN without BOTTLE_CANARIES=1: the first start of %s unpacks its disks for 20 s", v)
+			}
+			bin := smolvmtest.Real(t, v)
+			e := New([]string{"HOME=" + t.TempDir(), "PATH=/usr/bin:/bin", "BOTTLE_SMOLVM=" + bin})
+			err := e.Check(t.Context(), t.TempDir())
+			t.Logf("Check: %v", err)
+			if err != nil {
+				wantFault(t, err, fault.Host, "smolvm_boot", "gvisor", "smolvm machine start")
+			}
+			c, cerr := e.client(t.Context())
+			if cerr != nil {
+				t.Fatal(cerr)
+			}
+			if list, err := c.MachineLs(t.Context()); err != nil || len(list) != 0 {
+				t.Errorf("left over: %v, %v", list, err)
+			}
+		})
 	}
 }
 
@@ -657,7 +661,7 @@ func TestRealCutOffStartLeavesNothing(t *testing.T) {
 	cut.BootTimeout = 2 * time.Second
 	if err := cut.MachineStart(t.Context(), s.ID); err == nil {
 		t.Log("it booted in time")
-	} else if !errors.Is(err, smolvm.ErrTimeout) && !errors.Is(err, smolvm.ErrBootExited) {
+	} else if !errors.Is(err, smolvm.ErrTimeout) && !errors.Is(err, smolvm.ErrNotReady) && !errors.Is(err, smolvm.ErrKVM) {
 		t.Fatal(err)
 	}
 	t.Logf("monitors before: %d", monitorsBelow(home))

@@ -217,8 +217,8 @@ func writeSynced(path string, b []byte) error {
 }
 
 // startTwice boots the machine. About one start in three was seen to fail with
-// "boot process exited" where a second one worked, so it gets one. A guest that
-// is not ready in 30 s is not tried again: where KVM cannot run it, it never is.
+// "boot process exited (code 0)" where a second one worked, so it gets one. Other
+// failures are not tried again: where KVM cannot run a guest, it never is ready.
 func startTwice(ctx context.Context, c *smolvm.Client, id, dir string) error {
 	err := c.MachineStart(ctx, id)
 	if !errors.Is(err, smolvm.ErrBootExited) {
