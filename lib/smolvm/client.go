@@ -92,15 +92,18 @@ func (c *Client) bootTimeout() time.Duration {
 	return BootTimeout
 }
 
-// run executes smolvm without a standard input and waits at most limit. Its
-// error is about smolvm not having run properly; a status other than zero is in
+// run executes smolvm without a standard input and waits at most limit (0: as
+// long as the context). Its error is about smolvm not having run properly; a status other than zero is in
 // the result.
 func (c *Client) run(ctx context.Context, op string, limit time.Duration, args []string) (Result, error) {
 	return c.runWith(ctx, op, limit, maxOutput, nil, args)
 }
 
 func (c *Client) runWith(ctx context.Context, op string, limit time.Duration, maxOut int, stdin io.Reader, args []string) (Result, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, errLimit)
+	ctx, cancel := context.WithCancel(ctx)
+	if limit > 0 {
+		ctx, cancel = context.WithTimeoutCause(ctx, limit, errLimit)
+	}
 	defer cancel()
 	cmd := exec.CommandContext(ctx, c.Bin, args...)
 	cmd.Env, cmd.Stdin = c.Env, stdin

@@ -72,11 +72,7 @@ func (c *Client) MachineExec(ctx context.Context, name string, o ExecOptions, ar
 	if err != nil {
 		return Result{Code: -1}, err
 	}
-	limit := o.Limit
-	if limit <= 0 {
-		limit = 365 * 24 * time.Hour
-	}
-	r, err := c.runWith(ctx, op, limit, maxExecOutput, o.Stdin, args)
+	r, err := c.runWith(ctx, op, o.Limit, maxExecOutput, o.Stdin, args)
 	if err != nil {
 		return r, err
 	}

@@ -55,6 +55,12 @@ func (e *Engine) Exec(ctx context.Context, r engine.Ref, q engine.ExecRequest) (
 
 	stop := e.passSignals(ctx, c, r.ID, marker, q.Signals)
 	defer stop()
+	defer func() {
+		// Ending smolvm's exec is not known to end the guest's command.
+		if ctx.Err() != nil {
+			sendSignal(context.WithoutCancel(ctx), c, r.ID, marker, syscall.SIGKILL)
+		}
+	}()
 	a := smolvm.Attached{Stdin: q.Stdin, Stdout: q.Stdout, Stderr: q.Stderr, TTY: q.TTY, Dir: "/",
 		Ran: func(ctx context.Context) (int, bool) { return ran(ctx, c, r.ID, marker) }}
 	for try := 1; ; try++ {
@@ -143,13 +149,18 @@ func (e *Engine) passSignals(ctx context.Context, c *smolvm.Client, id, marker s
 					return
 				}
 				if n, ok := s.(syscall.Signal); ok {
-					// The command may be gone already; its status tells.
-					_, _ = c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: signalLimit}, engine.GuestHelper, "signal", marker, strconv.Itoa(int(n)))
+					sendSignal(ctx, c, id, marker, n)
 				}
 			}
 		}
 	})
 	return func() { cancel(); wg.Wait() }
+}
+
+// sendSignal has no result: the command may be gone already, and its status
+// tells.
+func sendSignal(ctx context.Context, c *smolvm.Client, id, marker string, s syscall.Signal) {
+	_, _ = c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: signalLimit}, engine.GuestHelper, "signal", marker, strconv.Itoa(int(s)))
 }
 
 // CopyOut writes a tar stream of the guest path to w.

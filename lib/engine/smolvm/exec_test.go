@@ -5,12 +5,14 @@ package smolvm
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -67,12 +69,30 @@ func localSmolvm(dir string, args []string) int {
 		}
 		os.Stdin = null
 	}
+	useLocalHelper(dir, args[i+2:])
 	r := runner.Runner{Requests: filepath.Join(guestDir(dir), requestsDir), States: filepath.Join(dir, "states")}
 	status, ok := r.Main(args[i+2:], os.Stdout, os.Stderr)
 	if !ok {
 		return 97
 	}
 	return status
+}
+
+// useLocalHelper makes a request for the guest's helper one for this binary.
+func useLocalHelper(dir string, verb []string) {
+	if len(verb) != 2 || verb[0] != "run" {
+		return
+	}
+	file := filepath.Join(guestDir(dir), requestsDir, verb[1]+".json")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return
+	}
+	local, err := json.Marshal(filepath.Join(dir, "guest"))
+	if err == nil {
+		b = bytes.Replace(b, []byte(`["`+engine.GuestHelper+`"`), append([]byte("["), local...), 1)
+		_ = os.WriteFile(file, b, 0o600)
+	}
 }
 
 // localGuest is the helper's copying.
@@ -238,6 +258,39 @@ func TestExecSignals(t *testing.T) {
 	}
 }
 
+// A caller that gives up ends the guest's command.
+func TestExecCancelled(t *testing.T) {
+	e, r, dir := local(t)
+	pidFile := filepath.Join(dir, "pids")
+	if err := os.WriteFile(pidFile, nil, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(pidFile, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	_, err := e.Exec(ctx, r, engine.ExecRequest{Argv: []string{"sh", "-c", "echo $$ > " + pidFile + "; exec sleep 60"}, Dir: "/"})
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v", err)
+	}
+	b, err := os.ReadFile(pidFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 100 {
+		if !exists(pid) {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	t.Error("the command still runs")
+}
+
 // With a terminal the command has one too, smolvm stays in the foreground, and
 // sizes are the same.
 func TestExecOnATerminal(t *testing.T) {
@@ -304,23 +357,14 @@ func TestExecOnASlowGuest(t *testing.T) {
 
 func TestCopy(t *testing.T) {
 	e, r, dir := local(t)
+	// The agent runs it, so it is a copy where the agent may look.
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The helper's place in the guest, on this machine.
-	if err := os.MkdirAll(engine.GuestDir, 0o755); err != nil {
-		t.Skipf("NOT RUN: %v", err)
-	}
-	if _, err := os.Lstat(engine.GuestHelper); err == nil {
-		t.Skipf("NOT RUN: %s exists on this machine", engine.GuestHelper)
-	}
-	bin := filepath.Join(t.TempDir(), "bin")
-	copyTo(t, self, bin)
-	if err := os.Symlink(bin, engine.GuestHelper); err != nil {
+	if err := copyFile(self, filepath.Join(r.Dir, "guest"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = os.Remove(engine.GuestHelper); _ = os.Remove(engine.GuestDir) })
 
 	tree := filepath.Join(dir, "tree")
 	if err := os.MkdirAll(tree+"/sub", 0o755); err != nil {
@@ -379,18 +423,6 @@ func (f failing) Write([]byte) (int, error) { return 0, f.err }
 type broken struct{ err error }
 
 func (b broken) Read([]byte) (int, error) { return 0, b.err }
-
-func copyTo(t *testing.T, from, to string) {
-	t.Helper()
-	if err := copyFile(from, to, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	for d := filepath.Dir(to); len(d) > len(os.TempDir()); d = filepath.Dir(d) {
-		if err := os.Chmod(d, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
 
 func TestMergeEnv(t *testing.T) {
 	got := mergeEnv([]string{"A=1", "B=2"}, []string{"C=3", "A=4"})
