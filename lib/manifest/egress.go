@@ -106,7 +106,7 @@ func (l *loader) allow(n node, rs *rules) {
 		if !l.host(n, &r, policy.Normalize) {
 			return
 		}
-		r.Ports = []int{443}
+		r.Ports = defaultPorts["tls"]
 		l.addRule(n, r, rs)
 		return
 	}
@@ -165,7 +165,8 @@ func (l *loader) ruleTarget(n node, ms members, r *plan.Rule, normalize func(str
 	return true
 }
 
-// defaultPorts are those of a protocol; tcp has none.
+// defaultPorts are those of a protocol; tcp has none. Rules share them: nobody
+// changes the ports of a rule.
 var defaultPorts = map[string][]int{"tls": {443}, "http": {80}, "ssh": {22}}
 
 func (l *loader) ports(n node, ms members, protocol string) []int {
@@ -240,6 +241,10 @@ func (l *loader) addresses(n node, r *plan.Rule) []string {
 // endpoint are refused.
 func (l *loader) addRule(n node, r plan.Rule, rs *rules) {
 	key := r.Host + r.CIDR
+	if _, again := rs.last[key]; !again {
+		rs.add(r)
+		return
+	}
 	var ports []int
 	for _, p := range r.Ports {
 		old := rs.opened(key, p)

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"syscall"
 
@@ -18,12 +19,20 @@ import (
 // maxNamedFile bounds a file that a manifest or a user's settings name.
 const maxNamedFile = 4 << 20
 
+// largeManifest is where memory is traded for time: some 20,000 hosts.
+const largeManifest = 512 << 10
+
 // loadManifest reads and checks a manifest; file "-" is stdin, and what it
 // names is then looked for in the working folder.
 func loadManifest(p *tool.Proc, file string) (*manifest.Manifest, error) {
 	data, err := manifestBytes(p, file)
 	if err != nil {
 		return nil, err
+	}
+	if len(data) > largeManifest {
+		// A process this short has better use for its time than collecting what
+		// it made a moment ago.
+		debug.SetGCPercent(400)
 	}
 	dir, name := ".", "-"
 	if file != "-" {
