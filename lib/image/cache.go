@@ -129,7 +129,7 @@ func checkPrivate(dir string) error {
 		}
 		if why := unsafeDir(&st, p == dir); why != "" {
 			return fault.New(fault.NoPerm, "cache_unsafe", "cache folder %s: %s %s", quote(dir), quote(p), why).
-				WithHint("name a folder that only you can write with --cache, or: chmod go-w %s", p)
+				WithHint("make it yours alone (owner and chmod go-w), or name another folder with --cache")
 		}
 		if p == filepath.Dir(p) {
 			return nil
@@ -574,30 +574,4 @@ func Remove(ctx context.Context, cacheDir, digest string) error {
 
 func (c *cache) archivePath(name string) string {
 	return filepath.Join(c.dir, "archives", name+".tar")
-}
-
-// Reachable tells whether the host user a bottle runs under can get to path:
-// every folder on the way, and path itself, must let it pass. It is a fault
-// (78) if not; root's cache below a closed home is the usual case.
-func Reachable(path string, uid, gid int) error {
-	for p := path; ; p = filepath.Dir(p) {
-		var st unix.Stat_t
-		if err := unix.Stat(p, &st); err != nil {
-			return fault.New(fault.IO, "image_io", "%s: %w", quote(p), err)
-		}
-		bit := uint32(0o001)
-		switch {
-		case int(st.Uid) == uid:
-			bit = 0o100
-		case int(st.Gid) == gid:
-			bit = 0o010
-		}
-		if uint32(st.Mode)&bit == 0 {
-			return fault.New(fault.Host, "cache_unreachable", "image cache: host uid %d, which the bottle runs under, cannot pass %s", uid, quote(p)).
-				WithHint("name a cache folder outside closed folders with --cache, such as /var/cache/bottle/images")
-		}
-		if p == filepath.Dir(p) {
-			return nil
-		}
-	}
 }

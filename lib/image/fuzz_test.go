@@ -85,7 +85,7 @@ func unpackAll(t *testing.T, dir string, layers [][]ent) error {
 	}
 	defer x.close()
 	for _, l := range layers {
-		x.placed = map[string]struct{}{}
+		x.begin()
 		if err := x.tar(bytes.NewReader(tarOf(t, l...))); err != nil {
 			return err
 		}

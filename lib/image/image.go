@@ -129,9 +129,9 @@ func DefaultDir(getenv func(string) string, uid int, home string) (string, error
 // is empty for image host.
 //
 // Errors are faults: 65 image_corrupt, image_unsafe, image_too_big,
-// image_unknown, image_reference; 66 image_missing; 69 image_unavailable;
-// 73 cache_unwritable; 74 disk_full, image_io; 75 image_changed; 77
-// image_denied, cache_unsafe; 78 image_platform.
+// image_unknown, image_mounted, image_ambiguous, image_reference; 66 image_missing; 69 image_unavailable;
+// 73 cache_unwritable; 74 disk_full, image_io; 75 image_changed, interrupted;
+// 77 image_denied, cache_unsafe; 78 image_platform.
 func Pack(ctx context.Context, src plan.Image, base string, opts Options) (plan.Pack, string, error) {
 	if src.Kind == KindHost {
 		return plan.Pack{Digest: KindHost, Kind: KindHost}, "", nil

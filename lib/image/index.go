@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"github.com/bottle-tools/bottle/lib/fault"
 )
 
 // The index spares a second look at a source that has not changed. It belongs
@@ -55,12 +57,22 @@ func stampFile(fi fs.FileInfo) stamp {
 	return s.stamp()
 }
 
+// stampTree also refuses a folder with something mounted in it, /proc for one:
+// what is there belongs to a running system.
 func stampTree(ctx context.Context, root *os.Root, o Options) (stamp, error) {
 	p := newProgress(o, "looking for changes")
 	defer p.done()
 	s := stamper{sum: sha256.New()}
+	top, err := root.Lstat(".")
+	if err != nil {
+		return stamp{}, err
+	}
 	var n int64
-	err := walk(ctx, root, func(_ *os.Root, at string, fi fs.FileInfo) error {
+	err = walk(ctx, root, func(_ *os.Root, at string, fi fs.FileInfo) error {
+		if fi.IsDir() && deviceOf(fi) != deviceOf(top) {
+			return fault.New(fault.Data, "image_mounted", "%s is on another file system than the folder it is in", quote(at)).
+				WithHint("unmount it, or make a copy of the root file system without it")
+		}
 		if n++; n > o.Limits.Entries {
 			return errTooBig("the folder has more than %d entries", o.Limits.Entries)
 		}
@@ -69,6 +81,14 @@ func stampTree(ctx context.Context, root *os.Root, o Options) (stamp, error) {
 		return nil
 	})
 	return s.stamp(), err
+}
+
+func deviceOf(fi fs.FileInfo) uint64 {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0
+	}
+	return uint64(st.Dev)
 }
 
 // fileID tells that two names are one file.

@@ -22,8 +22,8 @@ var (
 	standardDirs = []string{
 		"dev", "etc", "home/agent", "opt/bottle", "proc", "run", "sys", "tmp", "var/tmp", "workspace",
 	}
-	// Engines mount files of their own over these. Images like to have symlinks
-	// here that lead to a running system's files.
+	// Engines and the guest helper put files of their own here. Images like to
+	// have symlinks here that lead to a running system's files.
 	standardFiles = []string{
 		"etc/group", "etc/hostname", "etc/hosts", "etc/passwd", "etc/resolv.conf",
 	}

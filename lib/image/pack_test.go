@@ -104,7 +104,7 @@ func TestOneDigest(t *testing.T) {
 			noTemps(t, c.opts.CacheDir)
 		}
 	}
-	if all, err := List(b.opts.CacheDir); err != nil || len(all) != 1 || all[0].Digest != want || all[0].Entries != 4 {
+	if all, err := List(b.opts.CacheDir); err != nil || len(all) != 1 || all[0].Digest != want || all[0].Entries != 6 {
 		t.Errorf("List = %+v, %v", all, err)
 	}
 }
@@ -406,6 +406,31 @@ func TestFolderDigestCoversEverything(t *testing.T) {
 		}
 		seen[q.Digest] = name
 	}
+}
+
+func TestFolderThatHoldsTheCache(t *testing.T) {
+	b := newBench(t)
+	makeRootfs(t, filepath.Join(b.base, "root"))
+	b.opts.CacheDir = filepath.Join(b.base, "root", "var", "cache")
+	_, _, err := b.pack(path_("root"))
+	wantFault(t, err, fault.Data, "image_unknown")
+}
+
+// TestFolderWithMounts takes the one folder with a mount in it that every Linux
+// has.
+func TestFolderWithMounts(t *testing.T) {
+	root, err := os.OpenRoot("/dev")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	a, errA := os.Stat("/dev")
+	b, errB := os.Stat("/dev/pts")
+	if errA != nil || errB != nil || deviceOf(a) == deviceOf(b) {
+		t.Skip("no file system is mounted at /dev/pts here, so there is no mount to find")
+	}
+	_, err = stampTree(context.Background(), root, Options{}.withDefaults())
+	wantFault(t, err, fault.Data, "image_mounted")
 }
 
 func TestFolderLimits(t *testing.T) {
@@ -797,24 +822,6 @@ func TestRemoveAndSweep(t *testing.T) {
 	}
 }
 
-func TestReachable(t *testing.T) {
-	dir := t.TempDir()
-	closed := filepath.Join(dir, "closed", "x")
-	if err := os.MkdirAll(closed, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(filepath.Dir(closed), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	wantFault(t, Reachable(closed, 12345, 12345), fault.Host, "cache_unreachable")
-	if err := Reachable("/usr/bin", 12345, 12345); err != nil {
-		t.Error(err)
-	}
-	if err := Reachable(closed, os.Geteuid(), os.Getegid()); err != nil {
-		t.Error(err)
-	}
-}
-
 func TestDefaultDir(t *testing.T) {
 	env := func(m map[string]string) func(string) string { return func(k string) string { return m[k] } }
 	for _, tt := range []struct {
@@ -847,7 +854,7 @@ func TestProgress(t *testing.T) {
 	now := time.Unix(0, 0)
 	b.opts.Now = func() time.Time { now = now.Add(400 * time.Millisecond); return now }
 	b.mustPack(b.put("j.tar", dockerTar(t, someLayers(t)[1])))
-	if !strings.Contains(out.String(), "unpacking j.tar: 2 entries, 0 MiB") {
+	if !strings.Contains(out.String(), "unpacking j.tar: 3 entries, 0 MiB") {
 		t.Errorf("slow work says %q", out.String())
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path"
 	"sort"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -122,6 +123,10 @@ func (c *cache) packFolder(ctx context.Context, s source) (packed, error) {
 	defer root.Close()
 	if err := looksLikeRootfs(root, s); err != nil {
 		return packed{}, err
+	}
+	if strings.HasPrefix(c.dir+"/", s.path+"/") {
+		return packed{}, fault.New(fault.Data, "image_unknown", "image %s holds the image cache %s", quote(s.name), quote(c.dir)).
+			WithHint("give a folder that holds a root file system and nothing else, or name another cache with --cache")
 	}
 	unlock, err := c.lock(ctx, s.path)
 	if err != nil {

@@ -43,6 +43,8 @@ type extractor struct {
 	// placed holds the paths that the layer in work has written, and the folders
 	// above them: its whiteouts concern only what older layers left.
 	placed map[string]struct{}
+	// cleared holds what the layer's whiteouts have named.
+	cleared map[string]struct{}
 	// left holds the names of devices and the like that were left out.
 	left  map[string]struct{}
 	mtime map[string]time.Time // of folders, set at the end
@@ -80,7 +82,7 @@ func (x *extractor) layer(l layer) error {
 	defer rc.Close()
 	sum := sha256.New()
 	in := io.TeeReader(&layerReader{x: x, r: bufio.NewReaderSize(rc, 1<<20)}, sum)
-	x.placed = map[string]struct{}{}
+	x.begin()
 	if err := x.tar(in); err != nil {
 		return err
 	}
@@ -92,6 +94,11 @@ func (x *extractor) layer(l layer) error {
 		return errCorrupt("layer %s has the digest %s", l.diffID, got)
 	}
 	return nil
+}
+
+// begin starts a new layer.
+func (x *extractor) begin() {
+	x.placed, x.cleared = map[string]struct{}{}, map[string]struct{}{}
 }
 
 type onlyReader struct{ io.Reader }
@@ -151,10 +158,9 @@ func (x *extractor) entry(h *tar.Header, content io.Reader) error {
 	if err != nil {
 		return err
 	}
-	if x.entries++; x.entries > x.limits.Entries {
-		return errTooBig("the image has more than %d entries", x.limits.Entries)
+	if err := x.count(); err != nil {
+		return err
 	}
-	x.prog.step(1, 0)
 	if isWhiteout(name) {
 		return x.whiteout(name)
 	}
@@ -196,6 +202,15 @@ func (x *extractor) entry(h *tar.Header, content io.Reader) error {
 	return errCorrupt("entry %s is of the unknown type %q", quote(h.Name), h.Typeflag)
 }
 
+// count counts what the archive holds, and the folders that it leaves unsaid.
+func (x *extractor) count() error {
+	if x.entries++; x.entries > x.limits.Entries {
+		return errTooBig("the image has more than %d entries", x.limits.Entries)
+	}
+	x.prog.step(1, 0)
+	return nil
+}
+
 // isWhiteout tells whether any part of the name is a whiteout's.
 func isWhiteout(name string) bool {
 	return strings.HasPrefix(name, whiteoutPrefix) || strings.Contains(name, "/"+whiteoutPrefix)
@@ -224,9 +239,19 @@ func (x *extractor) whiteout(name string) error {
 		return err
 	}
 	if base == whiteoutOpaque {
-		return x.removeOlderIn(parent)
+		return x.once(parent, x.removeOlderIn)
 	}
-	return x.removeOlder(path.Join(parent, target))
+	return x.once(path.Join(parent, target), x.removeOlder)
+}
+
+// once clears p of what older layers left: after the first time there is
+// nothing of it, and a hostile layer may ask a million times.
+func (x *extractor) once(p string, remove func(string) error) error {
+	if _, done := x.cleared[p]; done {
+		return nil
+	}
+	x.cleared[p] = struct{}{}
+	return remove(p)
 }
 
 // removeOlder removes what older layers left at p and below.
@@ -242,6 +267,9 @@ func (x *extractor) removeOlder(p string) error {
 }
 
 func (x *extractor) removeOlderIn(p string) error {
+	if err := x.ctx.Err(); err != nil {
+		return err
+	}
 	d, err := x.root.Open(p)
 	if err != nil {
 		return err
@@ -296,6 +324,9 @@ func (x *extractor) parent(name string) (string, error) {
 		return "", errUnsafe("entry %s leads too deep", quote(name))
 	}
 	for _, part := range strings.Split(missing, "/") {
+		if err := x.count(); err != nil {
+			return "", err
+		}
 		real = path.Join(real, part)
 		if err := x.root.Mkdir(real, 0o755); err != nil {
 			return "", err

@@ -287,6 +287,7 @@ func TestLimits(t *testing.T) {
 		{"entries over two layers", Limits{Bytes: 1 << 20, Entries: 39}, [][]byte{tarOf(t, many...), tarOf(t, many...)}, false},
 		{"bytes", Limits{Bytes: 199, Entries: 100}, [][]byte{tarOf(t, many...)}, false},
 		{"bytes over two layers", Limits{Bytes: 399, Entries: 100}, [][]byte{tarOf(t, many...), tarOf(t, many...)}, false},
+		{"folders that no entry names", Limits{Bytes: 1 << 20, Entries: 100}, [][]byte{tarOf(t, ent{name: strings.Repeat("d/", 100) + "f"})}, false},
 		{"padding", Limits{Bytes: 1 << 20, Entries: 100}, [][]byte{zeros}, false},
 	}
 	for _, tt := range tests {

@@ -275,7 +275,7 @@ func TestLs(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &got); err != nil || status != 0 || errs != "" || strings.Count(out, "\n") != 1 {
 		t.Fatalf("%d %q %q %v", status, out, errs, err)
 	}
-	if got.Kind != "docker-archive" || got.Source != "image.tar" || got.SizeBytes != 5 || got.Entries != 1 || !strings.HasPrefix(got.Rootfs, p.cache) {
+	if got.Kind != "docker-archive" || got.Source != "image.tar" || got.SizeBytes != 5 || got.Entries != 2 || !strings.HasPrefix(got.Rootfs, p.cache) {
 		t.Errorf("%+v", got)
 	}
 	for _, when := range []string{got.CreatedAt, got.LastUsedAt} {
