@@ -101,8 +101,8 @@ func (c *Client) MachineCreate(ctx context.Context, name string, s CreateSpec) e
 	if s.MemMiB > 0 {
 		args = append(args, "--mem", strconv.Itoa(s.MemMiB))
 	}
-	if len(s.Labels) > 0 && c.Version.Less(SinceLabel) {
-		return unsupported(op, c.Version, SinceLabel, "--label")
+	if len(s.Labels) > 0 && c.Version.Less(sinceLabel) {
+		return unsupported(op, c.Version, sinceLabel, "--label")
 	}
 	for _, l := range s.Labels {
 		args = append(args, "--label", l.Key+"="+l.Value)

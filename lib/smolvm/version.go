@@ -17,8 +17,9 @@ var (
 	sinceCp          = Version{0, 5, 2}  // machine cp, exec --stream
 	sinceNameFlag    = Version{1, 0, 2}  // --name on create and delete
 	SinceMountSocket = Version{1, 6, 4}  // --mount-socket
-	SinceSockets     = Version{1, 7, 0}  // mounted sockets that neither hang nor get lost
-	SinceLabel       = Version{1, 8, 0}  // --label
+	SinceSockets     = Version{1, 7, 5}  // mounted sockets that do not hang (fix 837)
+	SinceContainers  = Version{1, 8, 0}  // mounted sockets that reach an image's container (fix 867)
+	sinceLabel       = Version{1, 8, 0}  // --label
 	sinceErrorFormat = Version{1, 32, 0} // --error-format json
 )
 

@@ -41,7 +41,7 @@ func (e *Engine) remove(ctx context.Context, c *smolvm.Client, id, dir string) e
 	case err != nil:
 		errs = append(errs, err)
 	default:
-		if err := ours(c, m); err != nil {
+		if err := ours(m); err != nil {
 			return err
 		}
 		if err := c.MachineDelete(ctx, id); err != nil && !errors.Is(err, smolvm.ErrNotFound) {

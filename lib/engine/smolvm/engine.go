@@ -24,8 +24,8 @@ import (
 	"github.com/bottle-tools/bottle/lib/smolvm"
 )
 
-// LabelOwner marks the machines of the bottle tools, "owner=bottle"; smolvm keeps
-// labels since 1.8.0. What does not carry it is never deleted.
+// LabelOwner marks the machines of the bottle tools, "owner=bottle". What does not
+// carry it is never deleted.
 const (
 	LabelOwner = "owner"
 	OwnerValue = "bottle"
@@ -138,12 +138,14 @@ func checkVersion(c *smolvm.Client) error {
 	case c.Version.Less(smolvm.SinceMountSocket):
 		what = fmt.Sprintf("cannot mount a host socket, which came with %s", smolvm.SinceMountSocket)
 	case c.Version.Less(smolvm.SinceSockets):
-		what = "has mounted sockets that hang under load and get lost"
+		what = fmt.Sprintf("has mounted sockets that hang, up to %s", smolvm.SinceSockets)
+	case c.Version.Less(smolvm.SinceContainers):
+		what = "does not show a mounted socket to an image's container"
 	default:
 		return nil
 	}
 	return fault.New(fault.Unavailable, "smolvm_too_old", "%s is smolvm %s, which %s; a bottle needs %s or newer",
-		c.Bin, c.Version, what, smolvm.SinceSockets).WithHint(install)
+		c.Bin, c.Version, what, smolvm.SinceContainers).WithHint(install)
 }
 
 // checkUser refuses root unless smolvm's own change of user is off. As root
@@ -163,8 +165,8 @@ func refuse(code, where, hint, format string, args ...any) error {
 }
 
 // ours tells whether the machine is one of the bottle tools'.
-func ours(c *smolvm.Client, m smolvm.Machine) error {
-	if c.Version.Less(smolvm.SinceLabel) || m.Labels[LabelOwner] == OwnerValue {
+func ours(m smolvm.Machine) error {
+	if m.Labels[LabelOwner] == OwnerValue {
 		return nil
 	}
 	return fault.New(fault.NoPerm, "smolvm_foreign_machine", "the smolvm machine %s was not made by the bottle tools", m.Name).

@@ -117,8 +117,8 @@ func wantFault(t *testing.T, err error, exit int, code string, parts ...string) 
 
 func TestAvailable(t *testing.T) {
 	for v, code := range map[string]string{
-		"1.9.1": "", "1.7.0": "", "1.32.2": "", "3.0.0": "",
-		"1.6.3": "smolvm_too_old", "1.6.4": "smolvm_too_old", "1.0.1": "smolvm_too_old", "0.0.36": "smolvm_wrong_program",
+		"1.9.1": "", "1.8.0": "", "1.32.2": "", "3.0.0": "",
+		"1.6.3": "smolvm_too_old", "1.6.4": "smolvm_too_old", "1.7.4": "smolvm_too_old", "1.7.7": "smolvm_too_old", "1.0.1": "smolvm_too_old", "0.0.36": "smolvm_wrong_program",
 	} {
 		e, _ := scripted(t, version(v))
 		err := e.Available(t.Context())
@@ -132,7 +132,7 @@ func TestAvailable(t *testing.T) {
 		if v == "1.6.4" && !strings.Contains(err.Error(), "hang") {
 			t.Errorf("%v", err)
 		}
-		if v == "1.6.3" && !strings.Contains(err.Error(), "1.7.0") {
+		if v == "1.6.3" && !strings.Contains(err.Error(), "1.8.0") {
 			t.Errorf("the version to install is not named: %v", err)
 		}
 	}
@@ -606,7 +606,7 @@ func TestRealCreate(t *testing.T) {
 			if err := stage(s); err != nil {
 				t.Fatal(err)
 			}
-			spec, err := createSpec(c, s)
+			spec, err := createSpec(s)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -651,7 +651,7 @@ func TestRealCutOffStartLeavesNothing(t *testing.T) {
 	if err := stage(s); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.MachineCreate(t.Context(), s.ID, smolvm.CreateSpec{CPUs: 1, MemMiB: 256, Labels: []smolvm.Label{{Key: LabelOwner, Value: OwnerValue}}}); err != nil {
+	if err := c.MachineCreate(t.Context(), s.ID, smolvm.CreateSpec{CPUs: 1, MemMiB: 256, Labels: ownLabels()}); err != nil {
 		t.Fatal(err)
 	}
 	if err := remember(t.Context(), c, s.ID, s.Dir); err != nil {

@@ -87,7 +87,7 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 	if err := stage(s); err != nil {
 		return 0, err
 	}
-	spec, err := createSpec(c, s)
+	spec, err := createSpec(s)
 	if err != nil {
 		return 0, err
 	}
@@ -112,24 +112,23 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 	return m.PID, probe(ctx, c, s.ID)
 }
 
-func createSpec(c *smolvm.Client, s *engine.Spec) (smolvm.CreateSpec, error) {
+func createSpec(s *engine.Spec) (smolvm.CreateSpec, error) {
 	vs, err := volumes(s)
 	if err != nil {
 		return smolvm.CreateSpec{}, err
 	}
-	spec := smolvm.CreateSpec{
+	return smolvm.CreateSpec{
 		CPUs:    s.Bottle.Resources.CPUs,
 		MemMiB:  s.Bottle.Resources.MemoryMiB,
+		Labels:  ownLabels(),
 		Image:   s.Rootfs + "/", // a folder, never a reference
 		Volumes: vs,
 		Sockets: []smolvm.Socket{{Host: s.GateSocket, Guest: engine.GuestSocket}},
 		Command: []string{engine.GuestHelper, "init", engine.GuestConfig},
-	}
-	if !c.Version.Less(smolvm.SinceLabel) {
-		spec.Labels = []smolvm.Label{{Key: LabelOwner, Value: OwnerValue}}
-	}
-	return spec, nil
+	}, nil
 }
+
+func ownLabels() []smolvm.Label { return []smolvm.Label{{Key: LabelOwner, Value: OwnerValue}} }
 
 // stage makes the guest's /opt/bottle on the host.
 func stage(s *engine.Spec) error {
@@ -315,10 +314,7 @@ func (e *Engine) Check(ctx context.Context, dir string) (err error) {
 		defer cancel()
 		err = join(err, e.remove(clean, c, id, dir))
 	}()
-	spec := smolvm.CreateSpec{CPUs: 1, MemMiB: 256}
-	if !c.Version.Less(smolvm.SinceLabel) {
-		spec.Labels = []smolvm.Label{{Key: LabelOwner, Value: OwnerValue}}
-	}
+	spec := smolvm.CreateSpec{CPUs: 1, MemMiB: 256, Labels: ownLabels()}
 	if err := c.MachineCreate(ctx, id, spec); err != nil {
 		return err
 	}
