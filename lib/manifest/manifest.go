@@ -65,10 +65,20 @@ func Load(data []byte, name string, read func(path string) ([]byte, error)) (*Ma
 		m.SHA256 = plan.SHA256(data)
 		return m, nil
 	}
-	if l.more > 0 {
-		l.problems = append(l.problems, fault.New(fault.Data, "more_problems", "%d more problems are not shown", l.more).At(name))
+	return nil, l.all()
+}
+
+// all gives what was found, in the order of the file.
+func (l *loader) all() Problems {
+	slices.SortStableFunc(l.problems, func(a, b problem) int { return a.offset - b.offset })
+	var out Problems
+	for _, p := range l.problems {
+		out = append(out, p.fault)
 	}
-	return nil, l.problems
+	if l.more > 0 {
+		out = append(out, fault.New(fault.Data, "more_problems", "%d more problems are not shown", l.more).At(l.name))
+	}
+	return out
 }
 
 // Agents lists the agents, sorted.
@@ -128,7 +138,7 @@ func (l *loader) version(root node, ms members) bool {
 		return false
 	}
 	if err := plan.CheckVersion(s); err != nil {
-		l.record(fault.As(err).WithHint("this version of the tools reads %q", plan.FormatVersion).At(l.position(n.v.StartOffset) + ": " + n.path()))
+		l.record(n.v.StartOffset, fault.As(err).WithHint("this version of the tools reads %q", plan.FormatVersion).At(l.position(n.v.StartOffset)+": "+n.path()))
 		return false
 	}
 	return true

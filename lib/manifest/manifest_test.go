@@ -282,9 +282,9 @@ func TestProblems(t *testing.T) {
 	}
 }
 
-// problem is one entry of testdata/problems.json. It has a whole manifest, or
+// mistake is one entry of testdata/problems.json. It has a whole manifest, or
 // the inside of a bottle, an egress, or a secret.
-type problem struct {
+type mistake struct {
 	Name, Manifest, Bottle, Egress, Secret string
 	Code, Where, Says                      string
 	Exit                                   int
@@ -292,7 +292,7 @@ type problem struct {
 	SchemaPasses                           bool // what a schema cannot say
 }
 
-func (p problem) text() string {
+func (p mistake) text() string {
 	switch {
 	case p.Bottle != "":
 		return with(p.Bottle)
@@ -305,13 +305,13 @@ func (p problem) text() string {
 	return strings.ReplaceAll(p.Manifest, "@BAD@", "{\"\xff\":1}")
 }
 
-func problems(t *testing.T) []problem {
+func problems(t *testing.T) []mistake {
 	t.Helper()
 	raw, err := os.ReadFile("testdata/problems.json")
 	if err != nil {
 		t.Fatal(err)
 	}
-	var all []problem
+	var all []mistake
 	if err := json.Unmarshal(raw, &all); err != nil {
 		t.Fatal(err)
 	}

@@ -24,8 +24,7 @@ const (
 	maxProblems = 20
 )
 
-// Problems are all that is wrong with a manifest, in the order in which it was
-// found. Each is a *fault.Error of exit 65 or, for a file that it names, 66.
+// Problems are all that is wrong with a manifest, in the order of the file. Each is a *fault.Error of exit 65 or, for a file that it names, 66.
 type Problems []*fault.Error
 
 func (p Problems) Error() string {
@@ -50,8 +49,14 @@ type loader struct {
 	data     []byte
 	newlines []int // offsets
 	read     func(path string) ([]byte, error)
-	problems Problems
+	problems []problem
 	more     int // problems beyond maxProblems
+}
+
+// problem is a fault and the offset of what it is about.
+type problem struct {
+	offset int
+	fault  *fault.Error
 }
 
 // node is one value and the path that leads to it, as in bottles.dev.env. The
@@ -190,7 +195,7 @@ func (l *loader) syntax(err error) {
 	case strings.Contains(msg, "at start of object name"):
 		hint = "member names stand in double quotes"
 	}
-	l.record(fault.New(fault.Data, "bad_syntax", "%s", msg).WithHint("%s", hint).At(where))
+	l.record(0, fault.New(fault.Data, "bad_syntax", "%s", msg).WithHint("%s", hint).At(where))
 }
 
 // position is the place of an offset as "file:line:column", both from 1, the
@@ -207,17 +212,17 @@ func (l *loader) position(offset int) string {
 // from is the provenance of a rule.
 func (l *loader) from(n node) string { return l.position(n.v.StartOffset) + " " + n.path() }
 
-func (l *loader) record(f *fault.Error) {
+func (l *loader) record(offset int, f *fault.Error) {
 	if len(l.problems) == maxProblems {
 		l.more++
 		return
 	}
-	l.problems = append(l.problems, f)
+	l.problems = append(l.problems, problem{offset, f})
 }
 
 // fail records a problem of the whole file.
 func (l *loader) fail(code, format, hint string, args ...any) bool {
-	l.record(fault.New(fault.Data, code, format, args...).WithHint("%s", hint).At(l.name))
+	l.record(0, fault.New(fault.Data, code, format, args...).WithHint("%s", hint).At(l.name))
 	return false
 }
 
@@ -231,7 +236,7 @@ func (l *loader) add(offset int, path, code, format, hint string, args ...any) {
 	if hint != "" {
 		f = f.WithHint("%s", hint)
 	}
-	l.record(f)
+	l.record(offset, f)
 }
 
 // bad records a problem with a value.
@@ -242,7 +247,7 @@ func (l *loader) bad(n node, code, format, hint string, args ...any) {
 // badErr records what another package found wrong with a value.
 func (l *loader) badErr(n node, err error) {
 	f := fault.As(err)
-	l.record(f.At(l.position(n.v.StartOffset) + ": " + n.path()))
+	l.record(n.v.StartOffset, f.At(l.position(n.v.StartOffset)+": "+n.path()))
 }
 
 // kind names the type of a value for messages.
@@ -269,6 +274,8 @@ func (l *loader) wrongType(n node, want string) {
 		hint = "remove the member to get its default"
 	case want == "a string" && (k == '0' || k == 't' || k == 'f'):
 		hint = "put it in double quotes"
+	case want == "a whole number" && k == '"':
+		hint = "write the number alone, without quotes and unit"
 	case want == "an array" && k == '"':
 		hint = "put it in [ ]"
 	}

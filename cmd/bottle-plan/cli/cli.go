@@ -82,8 +82,8 @@ func (c *planCommand) run(args []string) error {
 // failed reports err, also as a document: the next stage of a pipe forwards it
 // and fails with the same status.
 func (c *planCommand) failed(err error) error {
-	if c.hash || fault.As(err).Exit == fault.IO {
-		return err
+	if exit := fault.As(err).Exit; c.hash || exit == fault.IO || exit == fault.CantCreate {
+		return err // there is no document, or nowhere to write it
 	}
 	status, err := c.p.FailDoc("plan", c.out, nil, err)
 	if err != nil {

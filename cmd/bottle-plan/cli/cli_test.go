@@ -101,6 +101,7 @@ func TestStatuses(t *testing.T) {
 		{args: "-m bad.json", code: 65, err: "bad.json:1:50: bottles.dev.user: ", doc: "bad_value"},
 		{args: "check -m bad.json", code: 65, err: "bottles.dev.home: ", doc: "-"},
 		{args: "-m -", code: 65, err: "empty", doc: "empty_manifest"},
+		{args: "-o nowhere/out a", code: 73, err: "nowhere/out", doc: "-"},
 	} {
 		name := tt.args
 		if name == "" {
@@ -145,6 +146,19 @@ func TestAllIsSortedAndOneLineEach(t *testing.T) {
 	_, out, _ = run(t, dir, nil, "", "--all", "--hash")
 	if lines := strings.Fields(out); len(lines) != 4 || lines[1] != "a" || lines[3] != "b" || len(lines[0]) != 71 {
 		t.Errorf("--all --hash: %s", out)
+	}
+}
+
+func TestOutputFile(t *testing.T) {
+	dir := folder(t, map[string]string{"bottle.json": two})
+	_, want, _ := run(t, dir, nil, "", "a")
+	code, stdout, stderr := run(t, dir, nil, "", "-o", "out", "a")
+	got, err := os.ReadFile(filepath.Join(dir, "out"))
+	if err != nil || code != 0 || stdout != "" || string(got) != want {
+		t.Errorf("%d %v %s%s: %s", code, err, stdout, stderr, got)
+	}
+	if _, _, stderr := run(t, dir, nil, "", "-o", "nowhere/out", "a"); strings.Count(stderr, "error:") != 1 {
+		t.Errorf("one failure, told more than once: %s", stderr)
 	}
 }
 
