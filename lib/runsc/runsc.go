@@ -161,7 +161,11 @@ type RunOptions struct {
 	Bundle  string   // folder of config.json
 	PIDFile string   // the sandbox's pid is written here
 	Pass    *os.File // becomes descriptor 3 of the first process; may be nil
-	Output  *os.File // stdout and stderr of the first process; a pipe, never a regular file
+	// InternalCgroups makes the guest kernel's own cgroups those of version 2.
+	// Its version 1 charges a new process to any one of its hierarchies
+	// (kernel.Task.chargeLocked), so that a process limit does not hold.
+	InternalCgroups bool
+	Output          *os.File // stdout and stderr of the first process; a pipe, never a regular file
 	// Started is called with runsc's own pid right after it was started.
 	Started func(pid int) error
 	// Attributes of the process that starts the sandbox; may be nil.
@@ -180,6 +184,9 @@ func (r Runsc) Run(ctx context.Context, o RunOptions) error {
 	}
 	if o.Pass != nil {
 		args = append(args, "--pass-fd=3:3")
+	}
+	if o.InternalCgroups {
+		args = append([]string{"--in-sandbox-cgroup=v2"}, args...)
 	}
 	// runsc's own messages cannot go to its stderr: that is the first process's.
 	log, err := memfile("runsc log", nil)

@@ -83,6 +83,9 @@ type IDMapping struct {
 type Bind struct {
 	Source, Target string
 	ReadOnly       bool
+	// NoExec has to be set where the source is mounted so: the flag cannot be
+	// taken away in a user namespace, and the kernel refuses to try.
+	NoExec bool
 }
 
 // Container is what differs from one bottle to the next.
@@ -95,7 +98,7 @@ type Container struct {
 	UIDs, GIDs       []IDMapping
 	Binds            []Bind // in mount order
 	OpenFiles        uint64 // RLIMIT_NOFILE, also of every command executed later
-	InternalCgroups  bool   // show the guest kernel's own cgroups at /sys/fs/cgroup
+	InternalCgroups  bool   // show the guest kernel's own cgroups (v2) at /sys/fs/cgroup
 	WorkingDirectory string
 }
 
@@ -165,7 +168,7 @@ func systemMounts(cgroups bool) []Mount {
 		{"/run", "tmpfs", "tmpfs", []string{"nosuid", "nodev", "mode=755"}},
 	}
 	if cgroups {
-		ms = append(ms, Mount{"/sys/fs/cgroup", "cgroup", "cgroup", []string{"nosuid", "noexec", "nodev"}})
+		ms = append(ms, Mount{"/sys/fs/cgroup", "cgroup2", "cgroup2", []string{"nosuid", "noexec", "nodev"}})
 	}
 	return ms
 }
@@ -177,5 +180,9 @@ func bindMount(b Bind) Mount {
 	if b.ReadOnly {
 		mode = "ro"
 	}
-	return Mount{b.Target, "bind", b.Source, []string{"rbind", mode, "nosuid", "nodev"}}
+	options := []string{"rbind", mode, "nosuid", "nodev"}
+	if b.NoExec {
+		options = append(options, "noexec")
+	}
+	return Mount{b.Target, "bind", b.Source, options}
 }

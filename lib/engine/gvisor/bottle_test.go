@@ -202,7 +202,7 @@ func nothingLeft(t testing.TB, s *engine.Spec) {
 	if ps := processesOf(filepath.Join(s.RunDir, "r")); len(ps) > 0 {
 		t.Errorf("processes left: %v", ps)
 	}
-	for _, p := range []string{filepath.Join(s.RunDir, "r"), filepath.Join(s.Dir, subDir)} {
+	for _, p := range append(workDirs(s.ID, s.Dir, s.RunDir), filepath.Join(s.RunDir, "r"), filepath.Join(s.Dir, recordName)) {
 		if exists(p) {
 			t.Errorf("left: %s", p)
 		}

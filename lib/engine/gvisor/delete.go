@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -52,8 +53,14 @@ func (e *Engine) Delete(ctx context.Context, r engine.Ref) error {
 		unmountBelow(root),
 		removeCgroups(r.ID, rec.Cgroups),
 		removeTree(root),
-		removeTree(filepath.Join(r.Dir, subDir)),
 	)
+	for _, d := range workDirs(r.ID, r.Dir, r.RunDir) {
+		errs = append(errs, removeTree(d))
+	}
+	if err := errors.Join(errs...); err == nil {
+		// The record goes last: until then Delete can be tried again.
+		errs = append(errs, os.RemoveAll(filepath.Join(r.Dir, recordName)), os.RemoveAll(filepath.Join(r.Dir, recordName+".new")))
+	}
 	if err := errors.Join(errs...); err != nil {
 		return fault.New(fault.IO, "engine_delete", "deleting sandbox %s: %w", r.ID, err)
 	}
@@ -156,6 +163,17 @@ func removeTree(dir string) error {
 		return err
 	}
 	defer parent.Close()
+	fi, err := parent.Lstat(filepath.Base(dir))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	// In a folder that others can write too, the name may be somebody else's.
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
+		return nil
+	}
 	return parent.RemoveAll(filepath.Base(dir))
 }
 

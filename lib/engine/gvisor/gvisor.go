@@ -5,8 +5,10 @@
 // one passed socket, over which the keeper hands out a descriptor for each
 // connection. It works for root and for a plain user with no set-up.
 //
-// Folders, below Spec.Dir: gvisor/{config.json, engine.json, rootfs, guest,
-// empty, log}; below Spec.RunDir: r (runsc's state and control socket).
+// On disk it keeps gvisor.json (what Delete needs) in Spec.Dir and runsc's state
+// folder r in Spec.RunDir. What the guest is made of (an OCI bundle, a skeleton
+// of a root folder, the helper's config) is small and short-lived, and goes to
+// memory: for root a tmpfs that only the sandbox sees, else see workDirs.
 package gvisor
 
 import (
@@ -40,8 +42,8 @@ const (
 )
 
 const (
-	subDir    = "gvisor"
-	openFiles = 65536
+	recordName = "gvisor.json"
+	openFiles  = 65536
 	// maxLog bounds what the guest helper may write to the log, in bytes.
 	maxLog = 1 << 20
 	// maxSocketDir leaves room in a socket's path (108 bytes, unix(7)) for
@@ -126,6 +128,10 @@ func (e *Engine) Prepare(ctx context.Context, s *engine.Spec) error {
 	if err := checkSources(s); err != nil {
 		return err
 	}
+	if s.Rootfs != "" && noexec(s.Rootfs) {
+		return fault.New(fault.Host, "noexec", "%s is mounted noexec: no guest can have its root folder there", s.Rootfs).
+			WithHint("set XDG_CACHE_HOME to a folder on another file system")
+	}
 	_, err := enforcement(s.Bottle.Resources, ownCgroups())
 	return err
 }
@@ -192,7 +198,7 @@ type record struct {
 }
 
 func (r record) save(dir string) error {
-	p := filepath.Join(dir, "engine.json")
+	p := filepath.Join(dir, recordName)
 	if err := os.WriteFile(p+".new", runsc.Encode(r), 0o600); err != nil {
 		return err
 	}
@@ -201,7 +207,7 @@ func (r record) save(dir string) error {
 
 func loadRecord(dir string) (record, error) {
 	var r record
-	b, err := os.ReadFile(filepath.Join(dir, subDir, "engine.json"))
+	b, err := os.ReadFile(filepath.Join(dir, recordName))
 	if errors.Is(err, fs.ErrNotExist) {
 		return r, nil
 	}
@@ -238,18 +244,15 @@ func (e *Engine) boot(ctx context.Context, s *engine.Spec, args []string) (*engi
 	if err != nil {
 		return nil, err
 	}
-	dir := filepath.Join(s.Dir, subDir)
-	l, err := build(dir, s)
-	if err != nil {
-		return nil, asFault(err)
-	}
 	if err := makeDir(r.Root); err != nil {
 		return nil, asFault(err)
 	}
 	groups := parents.plan(s.ID, s.Bottle.Resources)
 	rec := record{Cgroups: groups.dirs}
-	if err := rec.save(dir); err != nil {
-		return nil, asFault(err)
+	if len(rec.Cgroups) > 0 { // named before they are there
+		if err := rec.save(s.Dir); err != nil {
+			return nil, asFault(err)
+		}
 	}
 	if err := groups.create(parents, s.Bottle.Resources); err != nil {
 		return nil, fault.New(fault.Host, "limit_unenforceable", "the bottle's limits cannot be set: %w", err)
@@ -259,24 +262,11 @@ func (e *Engine) boot(ctx context.Context, s *engine.Spec, args []string) (*engi
 		return nil, asFault(err)
 	}
 	defer out.Close()
-	err = onThread(func() error { return e.launch(ctx, r, s, l, groups, args, out, dir) })
+	err = onThread(func() error { return launch(ctx, r, s, groups, args, out, &rec) })
 	if err != nil {
 		return nil, asFault(err)
 	}
-	if rec.Sandbox, err = readPID(filepath.Join(dir, "pid")); err != nil {
-		return nil, fault.New(fault.Unavailable, "engine_died", "the sandbox ended as it was started: %w", err)
-	}
-	if err := note(s, RoleSandbox, rec.Sandbox.PID); err != nil {
-		return nil, err
-	}
-	if pid, err := r.Gofer(s.ID); err == nil {
-		if rec.Gofer, err = state.Identify(pid); err == nil {
-			if err := note(s, RoleGofer, pid); err != nil {
-				return nil, err
-			}
-		}
-	}
-	if err := rec.save(dir); err != nil {
+	if err := rec.save(s.Dir); err != nil {
 		return nil, asFault(err)
 	}
 	return &engine.Started{Enforcement: held, Wait: func(ctx context.Context) error { return await(ctx, rec.Sandbox) }}, nil
@@ -289,23 +279,60 @@ func note(s *engine.Spec, role string, pid int) error {
 	return s.Record(role, pid)
 }
 
-// build makes everything on disk that the guest is made of, and plans its mounts.
-func build(dir string, s *engine.Spec) (layout, error) {
-	if err := makeDir(dir); err != nil {
-		return layout{}, err
+// workDirs are where a plain user's bottle may be built, best first: a folder in
+// memory is ten times faster than one on disk. The first that can be made is
+// used; Delete looks at all.
+func workDirs(id, dir, runDir string) []string {
+	shm := filepath.Join("/dev/shm", fmt.Sprintf("bottle-%d-%s", os.Geteuid(), id))
+	disk := filepath.Join(dir, "gvisor")
+	if inMemory(runDir) {
+		return []string{filepath.Join(runDir, "g"), shm, disk}
 	}
+	return []string{shm, filepath.Join(runDir, "g"), disk}
+}
+
+func inMemory(dir string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(dir, &st) == nil && st.Type == unix.TMPFS_MAGIC
+}
+
+// noexec tells whether dir is mounted so. In its user namespace runsc has to
+// keep that flag, which for the root folder it does not.
+func noexec(dir string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(dir, &st) == nil && st.Flags&unix.ST_NOEXEC != 0
+}
+
+func makeWorkDir(s *engine.Spec) (string, error) {
+	var errs []error
+	for _, d := range workDirs(s.ID, s.Dir, s.RunDir) {
+		if noexec(filepath.Dir(d)) {
+			errs = append(errs, fault.New(fault.Host, "noexec", "%s is mounted noexec", filepath.Dir(d)))
+			continue
+		}
+		err := os.Mkdir(d, 0o700)
+		if err == nil {
+			return d, nil
+		}
+		errs = append(errs, err)
+	}
+	return "", errors.Join(errs...)
+}
+
+// build makes everything below work that the guest is made of, and plans its
+// mounts.
+func build(work string, s *engine.Spec) (layout, error) {
 	l := layout{rootfs: s.Rootfs}
-	owner := ownership{s.HostUID, s.HostGID}
 	if s.Rootfs == "" {
-		l = layout{rootfs: filepath.Join(dir, "rootfs"), prepared: true, binds: systemBinds("/")}
+		l = layout{rootfs: filepath.Join(work, "rootfs"), prepared: true, binds: systemBinds("/")}
 		if err := makeDir(l.rootfs); err != nil {
 			return layout{}, err
 		}
-		if err := makeSkeleton(l.rootfs, s, l.binds, owner); err != nil {
+		if err := makeSkeleton(l.rootfs, s, ownership{s.HostUID, s.HostGID}); err != nil {
 			return layout{}, err
 		}
 	}
-	ours, empty := filepath.Join(dir, "guest"), filepath.Join(dir, "empty")
+	ours, empty := filepath.Join(work, "guest"), filepath.Join(work, "empty")
 	if err := writeGuestDir(ours, s, l.prepared); err != nil {
 		return layout{}, err
 	}
@@ -315,19 +342,39 @@ func build(dir string, s *engine.Spec) (layout, error) {
 	return l, planBinds(s, &l, ours, empty)
 }
 
-// launch runs on a thread of its own.
-func (e *Engine) launch(ctx context.Context, r runsc.Runsc, s *engine.Spec, l layout, groups cgroupSet, args []string, out *os.File, dir string) error {
+// prepare builds the bundle and gives its folder. For root it is visible to the
+// calling thread only, and what it starts.
+func prepare(s *engine.Spec, r runsc.Runsc, args []string) (string, error) {
+	var work string
+	var err error
 	if os.Geteuid() == 0 {
-		var err error
-		if l, err = stage(l, s, r.Path); err != nil {
-			return err
+		work, err = privateFolder(s, r.Path)
+	} else {
+		work, err = makeWorkDir(s)
+	}
+	if err != nil {
+		return "", err
+	}
+	l, err := build(work, s)
+	if err != nil {
+		return "", err
+	}
+	if os.Geteuid() == 0 {
+		if err := bindAll(&l, work); err != nil {
+			return "", err
 		}
 	}
-	config, err := e.config(s, l, args)
+	config, err := config(s, l, args)
 	if err != nil {
-		return err
+		return "", err
 	}
-	if err := os.WriteFile(filepath.Join(dir, "config.json"), runsc.Encode(config), 0o600); err != nil {
+	return work, os.WriteFile(filepath.Join(work, "config.json"), runsc.Encode(config), 0o600)
+}
+
+// launch starts the sandbox, on a thread of its own, and notes in rec what runs.
+func launch(ctx context.Context, r runsc.Runsc, s *engine.Spec, groups cgroupSet, args []string, out *os.File, rec *record) error {
+	work, err := prepare(s, r, args)
+	if err != nil {
 		return err
 	}
 	// Should the keeper be killed in the middle, so is the starter; what it has
@@ -345,13 +392,31 @@ func (e *Engine) launch(ctx context.Context, r runsc.Runsc, s *engine.Spec, l la
 			return err
 		}
 	}
-	return r.Run(ctx, runsc.RunOptions{
-		ID: s.ID, Bundle: dir, PIDFile: filepath.Join(dir, "pid"), Pass: s.Guest, Output: out, SysProcAttr: attr,
-		Started: func(pid int) error { return note(s, RoleStarter, pid) },
-	})
+	pidFile := filepath.Join(work, "pid")
+	if err := r.Run(ctx, runsc.RunOptions{
+		ID: s.ID, Bundle: work, PIDFile: pidFile, Pass: s.Guest, Output: out, SysProcAttr: attr,
+		InternalCgroups: s.Bottle.Resources.Pids > 0,
+		Started:         func(pid int) error { return note(s, RoleStarter, pid) },
+	}); err != nil {
+		return err
+	}
+	if rec.Sandbox, err = readPID(pidFile); err != nil {
+		return fault.New(fault.Unavailable, "engine_died", "the sandbox ended as it was started: %w", err)
+	}
+	if err := note(s, RoleSandbox, rec.Sandbox.PID); err != nil {
+		return err
+	}
+	gofer, err := r.Gofer(s.ID)
+	if err != nil {
+		return fault.New(fault.Unavailable, "engine_died", "runsc has no record of the sandbox: %w", err)
+	}
+	if rec.Gofer, err = state.Identify(gofer); err != nil {
+		return fault.New(fault.Unavailable, "engine_died", "the sandbox's file server ended as it was started: %w", err)
+	}
+	return note(s, RoleGofer, gofer)
 }
 
-func (e *Engine) config(s *engine.Spec, l layout, args []string) (*runsc.Spec, error) {
+func config(s *engine.Spec, l layout, args []string) (*runsc.Spec, error) {
 	uidMap, err := os.ReadFile("/proc/self/uid_map")
 	if err != nil {
 		return nil, err

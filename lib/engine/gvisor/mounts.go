@@ -94,6 +94,7 @@ func planBinds(s *engine.Spec, l *layout, ours, empty string) error {
 		l.binds = append(l.binds, runsc.Bind{Source: source, Target: path.Clean(b.Target), ReadOnly: b.ReadOnly})
 	}
 	for i := range l.binds {
+		l.binds[i].NoExec = noexec(l.binds[i].Source)
 		if l.prepared && i >= checked {
 			l.binds[i].Target = l.throughLinks(l.binds[i].Target)
 		}

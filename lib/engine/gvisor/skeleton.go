@@ -33,7 +33,7 @@ var stickyDirs = []string{"tmp", "var/tmp"}
 // and folders as on the host, an /etc of our own, and mountpoints. Nothing of
 // it holds a secret, but for the sandbox's user to read it, it is open to all
 // within the bottle's folder, which is not.
-func makeSkeleton(dir string, s *engine.Spec, system []runsc.Bind, owner ownership) error {
+func makeSkeleton(dir string, s *engine.Spec, owner ownership) error {
 	for _, d := range skeletonDirs {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return err
@@ -198,7 +198,7 @@ func pidsMax(limit int) int {
 }
 
 // helperTasks is what the helper may use of the guest's tasks.
-const helperTasks = 32
+const helperTasks = 16
 
 // makeDir makes an own folder that all may enter, whatever the umask.
 func makeDir(p string) error {

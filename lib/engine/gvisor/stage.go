@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -34,62 +35,40 @@ func onThread(fn func() error) error {
 	return <-done
 }
 
-// stage makes the sources of l reachable for the sandbox's user, when root
-// starts it: that user owns nothing and cannot pass a folder like /root. In a
-// mount namespace of the calling thread's own, everything is bound below one
-// small folder. It also makes root's mounts end with the sandbox: runsc's
-// null-netns never shows on the host.
-//
-// No link is followed on the way to a source: a folder that the workspace's
-// owner swaps for a link meanwhile is an error.
-func stage(l layout, s *engine.Spec, avoid ...string) (layout, error) {
+// privateFolder gives the calling thread a mount namespace of its own and in it
+// a folder in memory, for root's bottles. The sandbox's user there owns nothing
+// and cannot pass a folder like /root, so everything that the guest gets has to
+// be below one that everyone can pass (bindAll). All of it goes with the
+// sandbox: no mount shows on the host, runsc's null-netns neither.
+func privateFolder(s *engine.Spec, avoid ...string) (string, error) {
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-		return layout{}, fault.New(fault.Host, "no_mount_namespace", "root here may not make a mount namespace: %w", err).
+		return "", fault.New(fault.Host, "no_mount_namespace", "root here may not make a mount namespace: %w", err).
 			WithHint("run as a plain user, or give root CAP_SYS_ADMIN")
 	}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return layout{}, fmt.Errorf("private mounts: %w", err)
+		return "", fmt.Errorf("private mounts: %w", err)
 	}
-	at, err := stagePoint(append(avoid, s.Dir, s.RunDir)...)
+	avoid = append(avoid, s.Dir, s.RunDir, s.Workspace, s.Rootfs, s.Home, s.GuestHelper)
+	for _, b := range s.Binds {
+		avoid = append(avoid, b.Source)
+	}
+	at, err := coverable(avoid)
 	if err != nil {
-		return layout{}, err
+		return "", err
 	}
-	sources := []string{l.rootfs}
-	for _, b := range l.binds {
-		sources = append(sources, b.Source)
+	// Not noexec: in its user namespace runsc could not keep that when it makes
+	// the root folder read-only, and the kernel would refuse.
+	if err := unix.Mount("bottle", at, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=711,size=64m"); err != nil {
+		return "", fmt.Errorf("folder in memory at %s: %w", at, err)
 	}
-	// All are opened before the folder that one of them may lie below is covered.
-	opened := make([]*os.File, len(sources))
-	for i, p := range sources {
-		if opened[i], err = openSource(p); err != nil {
-			return layout{}, fmt.Errorf("mounting %s: %w", p, err)
-		}
-		defer opened[i].Close()
-	}
-	if err := unix.Mount("bottle", at, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=711,size=1m"); err != nil {
-		return layout{}, fmt.Errorf("staging folder %s: %w", at, err)
-	}
-	out := l
-	out.binds = append(out.binds[:0:0], l.binds...)
-	for i, f := range opened {
-		p := filepath.Join(at, strconv.Itoa(i))
-		if err := bindOpened(f, p); err != nil {
-			return layout{}, fmt.Errorf("mounting %s: %w", sources[i], err)
-		}
-		if i == 0 {
-			out.rootfs = p
-		} else {
-			out.binds[i-1].Source = p
-		}
-	}
-	return out, nil
+	return at, nil
 }
 
-// stagePoint finds an empty corner of the tree that everyone can reach and that
-// runsc does not need.
-func stagePoint(avoid ...string) (string, error) {
+// coverable finds a folder at the top of the tree that holds nothing of avoid.
+func coverable(avoid []string) (string, error) {
+	tops := []string{"/mnt", "/srv", "/media", "/opt", "/tmp", "/home"}
 next:
-	for _, p := range []string{"/mnt", "/srv", "/media", "/opt", "/tmp"} {
+	for _, p := range tops {
 		fi, err := os.Lstat(p)
 		if err != nil || !fi.IsDir() {
 			continue
@@ -101,8 +80,36 @@ next:
 		}
 		return p, nil
 	}
-	return "", fault.New(fault.Host, "no_staging", "no folder of /mnt, /srv, /media, /opt and /tmp can be mounted over").
+	return "", fault.New(fault.Host, "no_staging", "each of %s holds something that the bottle uses, or is missing", strings.Join(tops, ", ")).
 		WithHint("make an empty folder /mnt")
+}
+
+// bindAll binds the sources of l below work, where the sandbox's user reaches
+// them, and lets l name those places. No link is followed on the way: a folder
+// that the workspace's owner swaps for a link meanwhile is an error.
+func bindAll(l *layout, work string) error {
+	bind := func(i int, source *string) error {
+		if under(*source, work) {
+			return nil
+		}
+		f, err := openSource(*source)
+		if err == nil {
+			defer f.Close()
+			at := filepath.Join(work, strconv.Itoa(i))
+			err = bindOpened(f, at)
+			*source = at
+		}
+		if err != nil {
+			return fmt.Errorf("mounting %s: %w", *source, err)
+		}
+		return nil
+	}
+	for i := range l.binds {
+		if err := bind(i, &l.binds[i].Source); err != nil {
+			return err
+		}
+	}
+	return bind(len(l.binds), &l.rootfs)
 }
 
 func openSource(p string) (*os.File, error) {

@@ -28,7 +28,7 @@ var bundles = []string{
 
 const (
 	ownCert  = "etc/ssl/certs/bottle-ca.pem"
-	pidsMax  = "sys/fs/cgroup/pids/pids.max"
+	cgroups  = "sys/fs/cgroup"
 	homeMode = 0o755
 )
 
@@ -52,11 +52,30 @@ func setup(root string, cfg *guest.Config) error {
 		}
 	}
 	if cfg.PidsMax > 0 {
-		if err := os.WriteFile(at(pidsMax), []byte(strconv.Itoa(cfg.PidsMax)), 0o644); err != nil {
+		if err := limitTasks(at, cfg.PidsMax); err != nil {
 			return fmt.Errorf("process limit: %w", err)
 		}
 	}
 	return nil
+}
+
+// limitTasks sets the limit of the cgroup (v2) that this process is in, and
+// with it all others of the guest.
+func limitTasks(at func(string) string, n int) error {
+	self, err := os.ReadFile(at("proc/self/cgroup"))
+	if err != nil {
+		return err
+	}
+	group, ok := strings.CutPrefix(strings.TrimSpace(string(self)), "0::")
+	if !ok || group == "/" {
+		return fmt.Errorf("this process is in no group of its own (%q)", self)
+	}
+	f, err := os.OpenFile(at(path.Join(cgroups, group, "pids.max")), os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(strconv.Itoa(n))
+	return errors.Join(err, f.Close())
 }
 
 func setupHome(at func(string) string, cfg *guest.Config) error {
