@@ -34,8 +34,9 @@ const (
 
 // Verdicts.
 const (
-	Allow = "allow"
-	Deny  = "deny"
+	Allow  = "allow"
+	Deny   = "deny"
+	Failed = "error" // allowed, but the network or the upstream proxy failed first
 )
 
 // Event is one line. Open sets Time, Bottle and Seq itself. Members that do not
@@ -48,7 +49,7 @@ type Event struct {
 	// ID ties a close line to the decision that opened it. It counts from 1 in
 	// each run of the gate.
 	ID      uint64 `json:"id,omitempty"`
-	Verdict string `json:"verdict,omitempty"` // allow | deny
+	Verdict string `json:"verdict,omitempty"` // allow | deny | error
 	Code    string `json:"code,omitempty"`    // why, stable: allowed, not_in_allowlist …
 	Host    string `json:"host,omitempty"`
 	Port    int    `json:"port,omitempty"`

@@ -111,10 +111,12 @@ func hijack(w http.ResponseWriter) (*guestConn, []byte, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	guest := c.(*httpConn).Conn.(*guestConn)
+	h := c.(*httpConn)
+	guest := h.Conn.(*guestConn)
 	ahead := make([]byte, rw.Reader.Buffered())
 	// These bytes are in the buffer: reading them cannot fail.
 	_, _ = io.ReadFull(rw.Reader, ahead)
+	ahead = append(ahead, h.ready...)
 	_ = guest.SetDeadline(time.Time{})
 	if _, err := guest.Write([]byte(established)); err != nil {
 		guest.Close()
@@ -135,6 +137,8 @@ func (g *Gate) pass(w http.ResponseWriter, r *http.Request, t *tunnel, e audit.E
 		return
 	}
 	defer up.Close()
+	g.stats.tunnels.Add(1)
+	defer g.stats.tunnels.Add(-1)
 	e.Address = address
 	if g.leavesByProxy(t.Rule) {
 		e.Via = "proxy"
@@ -165,8 +169,6 @@ func (g *Gate) pass(w http.ResponseWriter, r *http.Request, t *tunnel, e audit.E
 		}
 		open = openTLS(raw, t)
 	}
-	g.stats.tunnels.Add(1)
-	defer g.stats.tunnels.Add(-1)
 	var broken error
 	e.BytesOut, e.BytesIn, broken = relay(from, up, open, g.limits)
 	var f *Refusal

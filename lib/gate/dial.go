@@ -18,7 +18,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
-// maxAddresses bounds the addresses of one name that are checked and tried.
+// maxAddresses bounds the addresses of one name that are tried.
 const maxAddresses = 16
 
 // localAddrs are the host's own addresses, read anew every second: interfaces
@@ -107,7 +107,7 @@ func (g *Gate) addresses(ctx context.Context, host string, port int, rule *plan.
 			return nil, refused("address_not_allowed", host, port, host+": "+f.Msg, f.Hint)
 		}
 	}
-	return ips, nil
+	return ips[:min(len(ips), maxAddresses)], nil
 }
 
 func (g *Gate) lookup(ctx context.Context, host string, port int, rule *plan.Rule) ([]netip.Addr, error) {
@@ -124,7 +124,7 @@ func (g *Gate) lookup(ctx context.Context, host string, port int, rule *plan.Rul
 	var dns *net.DNSError
 	switch {
 	case err == nil && len(ips) > 0:
-		return ips[:min(len(ips), maxAddresses)], nil
+		return ips, nil
 	case err == nil || errors.As(err, &dns) && dns.IsNotFound:
 		return nil, refused("upstream_unresolvable", host, port, host+" has no address",
 			"check the spelling; a host that only this machine knows needs \"addresses\" in its entry")

@@ -285,6 +285,7 @@ func (x *exchange) RoundTrip(r *http.Request, _ *goproxy.ProxyCtx) (*http.Respon
 		return x.refuse(r, err), nil
 	}
 	dropHopByHop(resp.Header)
+	resp.Header.Del("X-Bottle-Decision") // the gate's word alone
 	if _, ok := resp.Header["Content-Type"]; !ok {
 		resp.Header["Content-Type"] = nil // or net/http guesses one
 	}

@@ -3,6 +3,7 @@ package gate
 import (
 	"bytes"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 )
@@ -232,6 +233,9 @@ func parseHead(b []byte) (head, *Refusal) {
 	case h.method == http.MethodConnect && (h.chunked || h.length > 0):
 		return h, badRequest("CONNECT has no body")
 	}
+	if _, _, ok := cutPort(h.host); hosts == 1 && !ok {
+		return h, badRequest("the Host header is malformed")
+	}
 	if hosts == 1 {
 		return h, h.checkHost()
 	}
@@ -257,37 +261,37 @@ func (h *head) requestLine(line string) *Refusal {
 	if h.target == "" || strings.ContainsFunc(h.target, func(r rune) bool { return r < 0x21 || r > 0x7e || r == '#' }) {
 		return badRequest("the target has a character that no target has")
 	}
+	address := h.target
+	if h.method == http.MethodConnect && !strings.HasPrefix(address, "/") {
+		address = "http://" + address
+	}
+	if _, err := url.ParseRequestURI(address); err != nil {
+		return badRequest("the target is no address")
+	}
 	return nil
 }
 
-// checkHost holds the Host header against the authority of the target: origins
-// choose the site by the one, the gate decides by the other (RFC 9112 section
-// 3.2.2).
+// checkHost holds the Host header against the authority of an absolute-form
+// target: origins choose the site by the one, the gate decides by the other (RFC
+// 9112 section 3.2.2). CONNECT's Host goes nowhere, and Node's http.request
+// puts the proxy's own name there.
 func (h *head) checkHost() *Refusal {
-	authority, port, ok := h.target, "", true
-	if h.method != http.MethodConnect {
-		scheme, rest, absolute := strings.Cut(h.target, "://")
-		if !absolute || strings.HasPrefix(h.target, "/") {
-			return nil
-		}
-		authority = rest
-		if i := strings.IndexAny(rest, "/?"); i >= 0 {
-			authority = rest[:i]
-		}
-		port = map[string]string{"http": "80", "https": "443"}[strings.ToLower(scheme)]
-		ok = sameAuthority(authority, h.host, port)
-	} else {
-		// Some clients leave the port out of CONNECT's Host header.
-		_, port, _ = cutPort(authority)
-		ok = sameAuthority(authority, h.host, port)
+	scheme, rest, absolute := strings.Cut(h.target, "://")
+	if !absolute || strings.HasPrefix(h.target, "/") || h.method == http.MethodConnect {
+		return nil
 	}
-	if !ok {
-		host, _, _ := cutPort(authority)
-		return &Refusal{Status: http.StatusForbidden, Code: "host_mismatch", Host: host,
-			Reason: "the Host header names another host than the target",
-			Hint:   "send the same host in both"}
+	authority := rest
+	if i := strings.IndexAny(rest, "/?"); i >= 0 {
+		authority = rest[:i]
 	}
-	return nil
+	port := map[string]string{"http": "80", "https": "443"}[strings.ToLower(scheme)]
+	if sameAuthority(authority, h.host, port) {
+		return nil
+	}
+	host, _, _ := cutPort(authority)
+	return &Refusal{Status: http.StatusForbidden, Code: "host_mismatch", Host: host,
+		Reason: "the Host header names another host than the target",
+		Hint:   "send the same host in both"}
 }
 
 // sameAuthority compares host[:port] with host[:port].
@@ -308,7 +312,7 @@ func sameAuthority(a, b, defaultPort string) bool {
 func cutPort(s string) (host, port string, ok bool) {
 	if strings.HasPrefix(s, "[") {
 		host, port, ok = strings.Cut(s[1:], "]")
-		if !ok || !strings.Contains(host, ":") {
+		if !ok || !strings.Contains(host, ":") || !isHost(host) {
 			return host, "", false
 		}
 		if port == "" {
@@ -318,7 +322,19 @@ func cutPort(s string) (host, port string, ok bool) {
 		return host, port, ok && isPort(port)
 	}
 	host, port, more := strings.Cut(s, ":")
-	return host, port, host != "" && !strings.Contains(host, "@") && (!more || isPort(port))
+	return host, port, isHost(host) && !strings.HasSuffix(host, "..") && (!more || isPort(port))
+}
+
+// isHost tells if s has the characters of names and addresses. The policy says
+// more about it; this keeps other parsers from seeing two things in one host.
+func isHost(s string) bool {
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		if !(c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || strings.IndexByte("-._:%*", c) >= 0) {
+			return false
+		}
+	}
+	return s != ""
 }
 
 func isPort(s string) bool {

@@ -131,7 +131,7 @@ type counters struct {
 type Stats struct {
 	Conns    int   `json:"conns"`
 	Tunnels  int64 `json:"tunnels"`
-	Allowed  int64 `json:"allowed"` // decisions
+	Allowed  int64 `json:"allowed"` // decisions; a failing network is none
 	Denied   int64 `json:"denied"`
 	BytesIn  int64 `json:"bytes_in"` // into the bottle, of ended tunnels and requests
 	BytesOut int64 `json:"bytes_out"`
@@ -344,9 +344,13 @@ func (g *Gate) allow(e audit.Event) bool {
 	return g.write(e)
 }
 
+// deny writes down what the gate answered itself: a decision, or that the
+// network failed before an allowed byte could flow.
 func (g *Gate) deny(f *Refusal, e audit.Event) {
-	e.Verdict, e.Code, e.Reason, e.Status = audit.Deny, f.Code, f.Reason, f.Status
-	g.stats.denied.Add(1)
+	e.Verdict, e.Code, e.Reason, e.Status = f.decision(), f.Code, f.Reason, f.Status
+	if e.Verdict == audit.Deny {
+		g.stats.denied.Add(1)
+	}
 	g.write(e)
 }
 

@@ -477,6 +477,11 @@ func TestUpstreamFailures(t *testing.T) {
 	if resp.StatusCode != 502 || resp.Header.Get("X-Bottle-Decision") != "error" || !bytes.Contains(b, []byte("upstream_unreachable")) {
 		t.Errorf("%s %s", resp.Status, b)
 	}
+	for _, e := range g.events() {
+		if e.Verdict == "deny" {
+			t.Errorf("a failure is written down as a decision: %+v", e)
+		}
+	}
 	for _, c := range []struct {
 		err    error
 		status int

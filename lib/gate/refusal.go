@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"strconv"
 
+	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/policy"
 )
 
@@ -56,9 +57,9 @@ func timedOut(host string, port int, reason string) *Refusal {
 // decision tells the guest's programs apart what was decided and what failed.
 func (f *Refusal) decision() string {
 	if f.Status >= 500 {
-		return "error"
+		return audit.Failed
 	}
-	return "deny"
+	return audit.Deny
 }
 
 func (f *Refusal) body() []byte {

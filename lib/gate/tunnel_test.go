@@ -99,6 +99,29 @@ func TestHostEndsFirst(t *testing.T) {
 	g.await("close", func(e audit.Event) bool { return e.Event == "close" && e.BytesOut == 8 && e.BytesIn == 3 })
 }
 
+// A client may send long before it has its 200.
+func TestSentAhead(t *testing.T) {
+	port := serveTCP(t, func(c *net.TCPConn) { io.Copy(c, c) })
+	g := start(t, []plan.Rule{tcpRule("tcp.test", port)}, nil, nil)
+	data := make([]byte, 100_000)
+	rand.Read(data)
+	head := []byte("CONNECT " + hostPort("tcp.test", port) + " HTTP/1.1\r\n\r\n")
+	for _, cut := range []int{1, 9, len(head) - 1, len(head), len(head) + 5000} {
+		c := g.dial()
+		all := append(head[:len(head):len(head)], data...)
+		go func() {
+			c.Write(all[:cut])
+			time.Sleep(20 * time.Millisecond)
+			c.Write(all[cut:])
+			closeWrite(c)
+		}()
+		got, err := io.ReadAll(c)
+		if err != nil || string(got) != established+string(data) {
+			t.Errorf("cut at %d: %d bytes, %v", cut, len(got), err)
+		}
+	}
+}
+
 func TestReset(t *testing.T) {
 	port := serveTCP(t, func(c *net.TCPConn) {
 		io.ReadFull(c, make([]byte, 1))
@@ -472,70 +495,76 @@ func TestProxyDown(t *testing.T) {
 	}
 }
 
-// The program that people will use first.
-func TestCurl(t *testing.T) {
-	curl, err := exec.LookPath("curl")
-	if err != nil {
-		t.Skip("SKIPPED: curl is not installed; the gate was tried with Go's client only")
-	}
+// tcp lets programs reach the gate that speak to proxies over TCP only.
+func (g *rig) tcp() string {
+	port := serveTCP(g.t, func(c *net.TCPConn) {
+		u, err := net.Dial("unix", g.sock)
+		if err != nil {
+			return
+		}
+		defer u.Close()
+		go func() { io.Copy(u, c); closeWrite(u) }()
+		io.Copy(c, u)
+	})
+	return hostPort("127.0.0.1", port)
+}
+
+// Programs that agents run, with the TLS libraries they are built on.
+func TestClients(t *testing.T) {
 	o := startOrigin(t, true, echo, "api.test", "pass.test")
 	plain := startOrigin(t, false, echo)
 	g := start(t, []plan.Rule{pin(allowHost("api.test", "tls", o.port), "127.0.0.1"), pin(allowHost("pass.test", "tls", o.port), "127.0.0.1"),
 		pin(allowHost("web.test", "http", plain.port), "127.0.0.1")}, keySecret("api.test", "x-api-key"), nil)
-	// curl speaks to proxies over TCP.
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				u, err := net.Dial("unix", g.sock)
-				if err != nil {
-					c.Close()
-					return
-				}
-				go func() { io.Copy(u, c); closeWrite(u) }()
-				io.Copy(c, u)
-				c.Close()
-				u.Close()
-			}()
-		}
-	}()
+	proxy := g.tcp()
 	roots := filepath.Join(t.TempDir(), "ca.pem")
 	os.WriteFile(roots, append(g.ca.CertPEM(), world().pem...), 0o600)
-	run := func(args ...string) string {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-		defer cancel()
-		cmd := exec.CommandContext(ctx, curl, append([]string{"-sS", "-i", "-q", "--cacert", roots, "-x", "http://" + l.Addr().String()}, args...)...)
-		cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
-		out, _ := cmd.CombinedOutput()
-		return string(out)
+	secure, web := ":"+strconv.Itoa(o.port), ":"+strconv.Itoa(plain.port)
+	curl := func(args ...string) []string {
+		return append([]string{"curl", "-sS", "-i", "-q", "--cacert", roots, "-x", "http://" + proxy}, args...)
 	}
-	secure := ":" + strconv.Itoa(o.port)
+	python := `import sys,urllib.request;print(urllib.request.urlopen(sys.argv[1]).read().decode())`
+	node := `const [h,p]=process.argv[1].split(':');const u=new URL(process.env.https_proxy);
+		require('http').request({host:u.hostname,port:u.port,method:'CONNECT',path:h+':'+p}).on('connect',(r,s)=>{
+		const t=require('tls').connect({socket:s,servername:h,ca:require('fs').readFileSync(process.env.SSL_CERT_FILE)},()=>
+		t.write('GET /n HTTP/1.1\r\nHost: '+h+':'+p+'\r\nConnection: close\r\n\r\n'));t.pipe(process.stdout)}).end()`
 	for name, c := range map[string]struct {
-		args []string
+		argv []string
 		want string
 	}{
-		"inspected":      {[]string{"-H", "x-api-key: placeholder", "https://api.test" + secure + "/a"}, `"path":"/a"`},
-		"end to end":     {[]string{"https://pass.test" + secure + "/b"}, `"path":"/b"`},
-		"plain":          {[]string{"-d", "x=y", "http://web.test:" + strconv.Itoa(plain.port) + "/c"}, `"body":"x=y"`},
-		"denied tunnel":  {[]string{"https://denied.test/"}, "403"},
-		"denied plain":   {[]string{"http://denied.test/"}, `"code":"not_in_allowlist"`},
-		"fronting":       {[]string{"-H", "Host: denied.test", "https://api.test" + secure + "/"}, `"code":"host_mismatch"`},
-		"other name":     {[]string{"--connect-to", "denied.test:443:pass.test" + secure, "https://denied.test/"}, "access denied"},
-		"expect":         {[]string{"-H", "Expect: 100-continue", "-d", "x=y", "https://api.test" + secure + "/e"}, `"body":"x=y"`},
-		"head":           {[]string{"-I", "https://api.test" + secure + "/h"}, "HTTP/1.1 200 OK"},
-		"number address": {[]string{"http://2130706433/"}, "403"},
+		"curl inspected":      {curl("-H", "x-api-key: placeholder", "https://api.test"+secure+"/a"), `"path":"/a"`},
+		"curl end to end":     {curl("https://pass.test" + secure + "/b"), `"path":"/b"`},
+		"curl plain":          {curl("-d", "x=y", "http://web.test"+web+"/c"), `"body":"x=y"`},
+		"curl plain tunnel":   {curl("-p", "http://web.test"+web+"/p"), `"path":"/p"`},
+		"curl denied tunnel":  {curl("https://denied.test/"), `403`},
+		"curl denied plain":   {curl("http://denied.test/"), `"code":"not_in_allowlist"`},
+		"curl fronting":       {curl("-H", "Host: denied.test", "https://api.test"+secure+"/"), `"code":"host_mismatch"`},
+		"curl other name":     {curl("--connect-to", "denied.test:443:pass.test"+secure, "https://denied.test/"), "access denied"},
+		"curl expect":         {curl("-H", "Expect: 100-continue", "-d", "x=y", "https://api.test"+secure+"/e"), `"body":"x=y"`},
+		"curl head":           {curl("-I", "https://api.test"+secure+"/h"), "HTTP/1.1 200 OK"},
+		"curl number address": {curl("http://2130706433/"), "not_in_allowlist"},
+		"python inspected":    {[]string{"python3", "-c", python, "https://api.test" + secure + "/py"}, `"path": "/py"`},
+		"python end to end":   {[]string{"python3", "-c", python, "https://pass.test" + secure + "/py"}, `"path": "/py"`},
+		"node inspected":      {[]string{"node", "-e", node, "api.test" + secure}, `"path":"/n"`},
+		"node end to end":     {[]string{"node", "-e", node, "pass.test" + secure}, `"path":"/n"`},
+		// The origin is no git server: the answer of the right one is the proof.
+		"git inspected":  {[]string{"git", "ls-remote", "https://api.test" + secure + "/r.git"}, "not valid: is this a git repository"},
+		"git end to end": {[]string{"git", "ls-remote", "https://pass.test" + secure + "/r.git"}, "not valid: is this a git repository"},
 	} {
-		if out := run(c.args...); !strings.Contains(out, c.want) || strings.Contains(out, secretValue) {
-			t.Errorf("%s: %s", name, out)
-		}
+		t.Run(name, func(t *testing.T) {
+			bin, err := exec.LookPath(c.argv[0])
+			if err != nil {
+				t.Skipf("SKIPPED: %s is not installed, so the gate was not tried with it", c.argv[0])
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, bin, c.argv[1:]...)
+			cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir(), "SSL_CERT_FILE=" + roots, "GIT_SSL_CAINFO=" + roots,
+				"GIT_CONFIG_NOSYSTEM=1", "LC_ALL=C", "https_proxy=http://" + proxy}
+			out, _ := cmd.CombinedOutput()
+			if !strings.Contains(strings.ReplaceAll(string(out), `": "`, `":"`), strings.ReplaceAll(c.want, `": "`, `":"`)) || strings.Contains(string(out), secretValue) {
+				t.Errorf("%s\n%+v", out, g.events())
+			}
+		})
 	}
 }
 
