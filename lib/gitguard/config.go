@@ -24,33 +24,65 @@ func readConfig(file string) (hooks, includes []string) {
 }
 
 func parseConfig(text string) (hooks, includes []string) {
-	text = strings.ReplaceAll(text, "\r\n", "\n")
-	text = strings.ReplaceAll(text, "\\\n", "")
-	section := ""
-	for line := range strings.Lines(text) {
-		line = strings.TrimSpace(line)
-		if strings.HasPrefix(line, "[") {
-			head, rest, _ := cutHeader(line[1:])
-			section = strings.ToLower(head)
-			line = strings.TrimSpace(rest) // a key may follow on the same line
-		}
-		key, value, _ := strings.Cut(line, "=")
-		value = unquote(strings.TrimSpace(value))
-		if value == "" {
-			continue
-		}
-		switch strings.ToLower(strings.TrimSpace(key)) {
-		case "hookspath":
-			if section == "core" {
-				hooks = append(hooks, value)
-			}
-		case "path":
-			if section == "include" || strings.HasPrefix(section, "includeif") {
-				includes = append(includes, value)
-			}
+	for _, e := range parseEntries(text) {
+		switch {
+		case e.value == "":
+		case e.section == "core" && e.key == "hookspath":
+			hooks = append(hooks, e.value)
+		case e.key == "path" && (e.section == "include" || strings.HasPrefix(e.section, "includeif.")):
+			includes = append(includes, e.value)
 		}
 	}
 	return hooks, includes
+}
+
+// entry is one variable: its section in lower case, with the subsection as it
+// is ("remote.Origin"); its key in lower case.
+type entry struct{ section, key, value string }
+
+// parseEntries gives all variables in order. What is no configuration gives
+// entries that are no variable either, so that a change in it shows.
+func parseEntries(text string) []entry {
+	section := ""
+	var all []entry
+	for _, line := range joined(text) {
+		for strings.HasPrefix(line, "[") {
+			head, rest, ok := cutHeader(line[1:])
+			if !ok {
+				break
+			}
+			name, sub, quoted := strings.Cut(head, " ")
+			section = strings.ToLower(name)
+			if quoted {
+				section += "." + unquote(strings.TrimSpace(sub))
+			}
+			line = strings.TrimSpace(rest) // a variable may follow on the same line
+		}
+		if line == "" || line[0] == '#' || line[0] == ';' {
+			continue
+		}
+		key, value, _ := strings.Cut(line, "=")
+		all = append(all, entry{section, strings.ToLower(strings.TrimSpace(key)), unquote(strings.TrimSpace(value))})
+	}
+	return all
+}
+
+// joined gives the lines of a configuration. One that ends in a backslash goes
+// on with the next, unless it is a comment.
+func joined(text string) []string {
+	var all []string
+	goesOn := false
+	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(line)
+		if goesOn {
+			last := &all[len(all)-1]
+			line = strings.TrimSuffix(*last, `\`) + line
+			all = all[:len(all)-1]
+		}
+		all = append(all, line)
+		goesOn = strings.HasSuffix(line, `\`) && line[0] != '#' && line[0] != ';'
+	}
+	return all
 }
 
 // cutHeader splits at the ] that ends a section header; one inside the quoted

@@ -589,6 +589,110 @@ func TestHiddenNamesThatAppear(t *testing.T) {
 	}
 }
 
+// replace does what editors and git do: a new file is renamed over the old.
+func (f *fixture) replace(rel, content string) {
+	f.t.Helper()
+	tmp := filepath.Join(f.ws, filepath.Dir(rel), "new~")
+	f.write(tmp, content)
+	if err := os.Rename(tmp, filepath.Join(f.ws, rel)); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+// A mount in the guest is lost when the host replaces the file below it.
+func TestLostCovers(t *testing.T) {
+	f := newFixture(t)
+	f.repo()
+	f.git(".", "remote", "add", "origin", "https://example.com/x.git")
+	f.write(".env", "old")
+	f.write("bottle.json", "{}")
+	g := f.plan(func(o *Options) {
+		o.Hide = []string{".env*"}
+		o.ReadOnly = []string{f.ws + "/bottle.json"}
+	})
+	covers := make(chan string, 100)
+	g.OnLost(func(b engine.Bind) error {
+		covers <- b.Source + " " + b.Target
+		return nil
+	})
+	covered := func(want string) {
+		t.Helper()
+		select {
+		case got := <-covers:
+			if got != want {
+				t.Errorf("covered %q, want %q", got, want)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("not covered: %q", want)
+		}
+	}
+	findings, stop := watch(t, g)
+	f.write("warm/.git", "x")
+	await(t, findings, "warm/.git")
+
+	f.replace(".env", "new")
+	covered("/empty/file /workspace/.env")
+	await(t, findings, ".env")
+	f.replace(".env", "newer")
+	covered("/empty/file /workspace/.env")
+	f.replace("bottle.json", "{ }")
+	covered(f.ws + "/bottle.json /workspace/bottle.json")
+	f.write("app/.env.new", "x")
+	covered("/empty/file /workspace/app/.env.new")
+
+	config := f.ws + "/.git/config /workspace/.git/config"
+	f.git(".", "config", "branch.main.remote", "origin")
+	covered(config)
+	f.git(".", "config", "user.name", "somebody")
+	covered(config)
+	if out := f.git(".", "config", "branch.main.remote"); out != "origin\n" {
+		t.Errorf("an ordinary change was taken back: %q", out)
+	}
+	before, err := os.ReadFile(f.ws + "/.git/config")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, evil := range []string{
+		"[core]\n\tfsmonitor = " + f.payload + "\n",
+		"[core]\n\t# x \\\n\tfsmonitor = " + f.payload + "\n",
+		"[user]\n\tname = a # x \\\n[core] fsmonitor = " + f.payload + "\n",
+		"[branch \"main\"]\n\tremote = ext::" + f.payload + "\n",
+		"[remote \"origin\"]\n\turl = https://evil.example/x.git\n",
+		"[user]\n\tname = a\n\tsigningkey = x\n",
+	} {
+		f.replace(".git/config", string(before)+evil)
+		covered(config)
+		if now, err := os.ReadFile(f.ws + "/.git/config"); err != nil || string(now) != string(before) {
+			t.Errorf("after %q: %q (%v)", evil, now, err)
+		}
+		if f.try(f.ws, "status") {
+			t.Errorf("git ran the guest's program after %q", evil)
+		}
+	}
+	// Written in place, as a guest does that was quick.
+	file, err := os.OpenFile(f.ws+"/.git/config", os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = file.WriteString("[core]\n\tfsmonitor = " + f.payload + "\n")
+	if err := errors.Join(err, file.Close()); err != nil {
+		t.Fatal(err)
+	}
+	covered(config)
+	stop()
+
+	if err := os.Remove(f.ws + "/.git/config"); err != nil {
+		t.Fatal(err)
+	}
+	found, err := g.Sweep()
+	if err != nil || len(found) != 2 || found[0].Path != ".git/config" || found[1].Path != "bottle.json" {
+		t.Errorf("%v, %v", found, err)
+	}
+	if now, err := os.ReadFile(f.ws + "/.git/config"); err != nil || string(now) != string(before) {
+		t.Errorf("at the end: %q (%v)", now, err)
+	}
+}
+
 func TestTooMuch(t *testing.T) {
 	f := newFixture(t)
 	for i := range MaxHidden + 1 {

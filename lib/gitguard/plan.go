@@ -84,6 +84,9 @@ type Guard struct {
 	bares []string        // paths of bare repositories
 	outer map[string]bool // paths that configurations name: nothing new may stand there
 
+	pins  map[string]*pin // covered files, by path in the workspace
+	cover func(engine.Bind) error
+
 	mu    sync.Mutex
 	aside asideFolder
 }
@@ -122,7 +125,7 @@ func (f Finding) String() string {
 // .git or a pinned name is a symbolic link, which no mount can hold), 74, and 78
 // workspace_too_big, too_many_repositories, too_many_hidden.
 func Plan(o Options) (*Guard, error) {
-	g := &Guard{opts: o, known: map[id]bool{}, repos: map[id]*gitDir{}, outer: map[string]bool{}}
+	g := &Guard{opts: o, known: map[id]bool{}, repos: map[id]*gitDir{}, outer: map[string]bool{}, pins: map[string]*pin{}}
 	p := planner{Guard: g, covered: map[string]bool{}}
 	if err := p.walk(); err != nil {
 		return nil, err
@@ -147,12 +150,19 @@ func Plan(o Options) (*Guard, error) {
 	}
 	sort.SliceStable(p.hidden, func(i, j int) bool { return p.hidden[i].Target < p.hidden[j].Target })
 	g.Binds = append(p.binds, p.hidden...)
+	for _, b := range g.Binds {
+		if b.ReadOnly {
+			rel, _ := inside(engine.GuestWorkspace, b.Target)
+			g.addPin(rel, b, b.Source == filepath.Join(o.Workspace, rel))
+		}
+	}
 	for _, abs := range o.ReadOnly {
 		if b, ok := Manifest(o.Workspace, abs); ok {
 			g.Binds = append(g.Binds, b)
+			rel, _ := inside(engine.GuestWorkspace, b.Target)
+			g.addPin(rel, b, false)
 		}
 	}
-	g.Binds = slices.CompactFunc(g.Binds, func(a, b engine.Bind) bool { return a == b })
 	return g, nil
 }
 
@@ -282,7 +292,7 @@ func (p *planner) pin(rel string, fi fs.FileInfo) error {
 		case fi.Mode()&fs.ModeSymlink != 0:
 			return symlinked(abs)
 		default:
-			dir.pinned[name] = true
+			dir.pinned[name], p.known[idOf(fi)] = true, true
 			p.binds = append(p.binds, bind(ws, path.Join(rel, name), true))
 		}
 	}
@@ -377,7 +387,7 @@ func (p *planner) pinOuter(abs string) error {
 	if real != abs {
 		return symlinked(abs)
 	}
-	if fi, err := os.Lstat(abs); err == nil && strings.Contains(rel, "/") {
+	if fi, err := os.Lstat(abs); err == nil && (fi.IsDir() || strings.Contains(rel, "/")) {
 		// A folder above it can be renamed, and another put in its place.
 		p.outer[rel], p.known[idOf(fi)] = true, true
 	}

@@ -68,11 +68,28 @@ func (g *Guard) enter(pl place, name string) (place, bool) {
 	return g.at(os.NewFile(uintptr(fd), name), pl, name), true
 }
 
+// descend goes down a path, closing what it leaves.
+func (g *Guard) descend(pl place, rel string) (place, bool) {
+	if rel == "." {
+		return pl, true
+	}
+	for part := range strings.SplitSeq(rel, "/") {
+		sub, ok := g.enter(pl, part)
+		pl.dir.Close()
+		if !ok {
+			return place{}, false
+		}
+		pl = sub
+	}
+	return pl, true
+}
+
 // scan is one look at the workspace, or at a part of it.
 type scan struct {
 	*Guard
 	final    bool        // also at what is too much for every time: git's objects
-	appeared bool        // what it looks at is new
+	appeared bool        // what it looks at is new, or was written to
+	renamed  bool        // it is new for certain
 	watch    func(place) // called with every folder that is worth watching
 	findings func(Finding)
 }
@@ -100,6 +117,9 @@ func (s *scan) folder(pl place) {
 // entry looks at one entry. mode holds type bits only.
 func (s *scan) entry(pl place, name string, mode fs.FileMode) {
 	rel := path.Join(pl.rel, name)
+	if s.pinned(pl, name, rel) {
+		return
+	}
 	switch {
 	case strings.EqualFold(name, ".git"):
 		if s.isNew(pl, name) {
@@ -115,7 +135,7 @@ func (s *scan) entry(pl place, name string, mode fs.FileMode) {
 	if pl.repo == nil {
 		s.bare(pl, name)
 		if s.appeared && s.hides(name) && !slices.Contains(s.Hidden, rel) {
-			s.findings(Finding{Path: rel, What: "its name is one to hide, and it appeared while the bottle runs: the guest can read it"})
+			s.appears(rel, mode)
 			return
 		}
 	} else if s.inGit(pl, name, mode) {
@@ -161,8 +181,11 @@ func (s *scan) inGit(pl place, name string, mode fs.FileMode) bool {
 	case pl.repo.absent[sub]:
 		s.take(pl, name, "git on the host takes configuration or code from it, and it did not exist before")
 		return true
-	case pl.repo.pinned[sub]:
-		return true // a read-only mount in the guest
+	case pl.repo.pinned[sub]: // a read-only mount in the guest
+		if s.isNew(pl, name) {
+			s.take(pl, name, "git on the host takes configuration or code from it, and it was replaced")
+		}
+		return true
 	case risky(mode):
 		if s.isNew(pl, name) {
 			s.take(pl, name, "git on the host would follow it or hang on it")
@@ -250,6 +273,10 @@ func (g *Guard) look(final bool, watch func(place), report func(Finding)) error 
 	defer pl.dir.Close()
 	s := &scan{Guard: g, final: final, watch: watch, findings: report}
 	s.folder(pl)
+	if final {
+		s.missing()
+		s.changed()
+	}
 	return nil
 }
 

@@ -25,12 +25,12 @@ const (
 	scanShare  = 20 // a scan of all may take one part in so many of the time
 )
 
-const interest = unix.IN_CREATE | unix.IN_MOVED_TO | unix.IN_ONLYDIR | unix.IN_DONT_FOLLOW | unix.IN_EXCL_UNLINK
+const interest = unix.IN_CREATE | unix.IN_MOVED_TO | unix.IN_ONLYDIR | unix.IN_EXCL_UNLINK
 
 // Watch sets aside what appears, at once, and reports it, until ctx ends. It
 // first looks at everything, so that nothing that came before the watch is
-// missed. A file that appears under a name that is to be hidden is reported,
-// with MovedTo empty: it may be the guest's own, and is left where it is.
+// missed. What has to be covered again, or appears under a name to hide, is
+// covered (OnLost) and reported with MovedTo empty.
 func (g *Guard) Watch(ctx context.Context, report func(Finding)) error {
 	if g.opts.Mode != "rw" {
 		<-ctx.Done()
@@ -91,7 +91,11 @@ func (w *watcher) add(pl place) {
 		w.full = true
 		return
 	}
-	wd, err := unix.InotifyAddWatch(w.fd, fmt.Sprintf("/proc/self/fd/%d", pl.fd()), interest&^unix.IN_DONT_FOLLOW)
+	mask := uint32(interest)
+	if pl.repo != nil && (pl.sub == "." || pl.sub == "info") {
+		mask |= unix.IN_MODIFY // of a configuration that lost its cover
+	}
+	wd, err := unix.InotifyAddWatch(w.fd, fmt.Sprintf("/proc/self/fd/%d", pl.fd()), mask)
 	if err != nil {
 		w.full = true
 		return
@@ -130,7 +134,7 @@ func (w *watcher) round() error {
 		case mask&unix.IN_IGNORED != 0:
 			delete(w.folders, wd)
 		default:
-			w.event(wd, name, mask&unix.IN_ISDIR != 0)
+			w.event(wd, name, mask)
 		}
 	}
 	if lost {
@@ -141,31 +145,24 @@ func (w *watcher) round() error {
 
 // event serves one. A folder that isn't where it was needs nothing here: its
 // new place reports the move, and all of it is looked at then.
-func (w *watcher) event(wd int32, name string, isDir bool) {
+func (w *watcher) event(wd int32, name string, mask uint32) {
 	rel, ok := w.folders[wd]
-	if !ok || name == "" || !isDir && !w.matters(rel, name) {
+	if !ok || name == "" || mask&unix.IN_ISDIR == 0 && !w.matters(rel, name) {
 		return
 	}
 	pl, err := w.openRoot()
 	if err != nil {
 		return // the workspace itself is gone; the sweep will say so
 	}
-	defer func() { pl.dir.Close() }()
-	if rel != "." {
-		for part := range strings.SplitSeq(rel, "/") {
-			sub, ok := w.enter(pl, part)
-			if !ok {
-				return
-			}
-			pl.dir.Close()
-			pl = sub
-		}
+	if pl, ok = w.descend(pl, rel); !ok {
+		return
 	}
+	defer pl.dir.Close()
 	var st unix.Stat_t
 	if unix.Fstatat(pl.fd(), name, &st, unix.AT_SYMLINK_NOFOLLOW) != nil {
 		return
 	}
-	s := &scan{Guard: w.Guard, appeared: true, watch: w.add, findings: w.report}
+	s := &scan{Guard: w.Guard, appeared: true, renamed: mask&(unix.IN_CREATE|unix.IN_MOVED_TO) != 0, watch: w.add, findings: w.report}
 	s.entry(pl, name, typeOf(&st))
 }
 
@@ -175,7 +172,7 @@ func (w *watcher) matters(rel, name string) bool {
 	case "HEAD", "commondir", "objects", "refs":
 		return true
 	}
-	return strings.EqualFold(name, ".git") || w.outer[path.Join(rel, name)] || w.hides(name) || w.inRepository(rel)
+	return w.pins[path.Join(rel, name)] != nil || strings.EqualFold(name, ".git") || w.outer[path.Join(rel, name)] || w.hides(name) || w.inRepository(rel)
 }
 
 func (w *watcher) inRepository(rel string) bool {
