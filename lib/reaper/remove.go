@@ -71,7 +71,11 @@ func Remove(ctx context.Context, root *state.Root, b *state.Bottle, rec *state.R
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	return errors.Join(removeRunDir(root, b, rec), b.Remove(rec))
+	// The record goes last: it is what the next try starts from.
+	if err := removeRunDir(root, b, rec); err != nil {
+		return err
+	}
+	return b.Remove(rec)
 }
 
 // endKeeper ends the keeper and sees that nobody is just making the bottle.
