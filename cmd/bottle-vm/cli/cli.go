@@ -25,6 +25,7 @@ type vm struct {
 	// command is passed on as it is, never parsed.
 	guest    []string
 	hasGuest bool
+	execRan  bool // exec got past its flags
 }
 
 // Run is the command.
@@ -42,7 +43,7 @@ func Run(ctx context.Context, p *tool.Proc) int {
 		return p.Report(fault.New(fault.Usage, "usage", "-- stands only before the command of exec").
 			WithHint("see bottle-vm --help"))
 	}
-	return p.Run(ctx, &tool.Command{
+	code := p.Run(ctx, &tool.Command{
 		Name:       "bottle-vm",
 		ShortUsage: "bottle-vm VERB [flags] [arguments]",
 		ShortHelp:  "start bottles, run commands in them, remove them",
@@ -55,6 +56,10 @@ Every verb has its own --help. Exit statuses: docs/exit-codes.md.`,
 		FlagSet:     p.Flags("bottle-vm"),
 		Subcommands: verbs,
 	})
+	if code == fault.Usage && len(p.Args) > 0 && p.Args[0] == "exec" && !v.execRan {
+		return fault.ExecFailed // a wrong flag, too: 64 could be the guest's
+	}
+	return code
 }
 
 func (v *vm) root() (*state.Root, error) { return state.Open(v.p.Getenv) }

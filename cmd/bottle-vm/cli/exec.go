@@ -46,6 +46,7 @@ ended it; 124 on --timeout; 125 when bottle-vm itself failed.
   bottle-plan claude | bottle-vm up | bottle-vm exec -- make test`,
 		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
+			v.execRan = true
 			code, err := v.exec(ctx, &f, args)
 			if err != nil {
 				// Every failure of ours is 125: the guest's own statuses are 0 to 255.
