@@ -27,11 +27,10 @@ type ent struct {
 	body string
 	link string
 	mode int64 // 0: 0644, or 0755 for a folder
-	uid  int
 }
 
 func (e ent) header() *tar.Header {
-	h := &tar.Header{Name: e.name, Typeflag: e.typ, Linkname: e.link, Mode: e.mode, Uid: e.uid, ModTime: time.Unix(1_600_000_000, 0), Format: tar.FormatPAX}
+	h := &tar.Header{Name: e.name, Typeflag: e.typ, Linkname: e.link, Mode: e.mode, ModTime: time.Unix(1_600_000_000, 0), Format: tar.FormatPAX}
 	if h.Typeflag == 0 {
 		h.Typeflag = tar.TypeReg
 		if strings.HasSuffix(e.name, "/") {

@@ -268,7 +268,7 @@ func (c *copier) entry(dir *os.Root, p string, fi fs.FileInfo) error {
 		if err := c.dst.Mkdir(p, 0o700); err != nil {
 			return err
 		}
-		return c.dst.Chmod(p, guestMode(fi.Mode(), false, c.shared))
+		return c.dst.Chmod(p, guestMode(fi.Mode(), c.shared))
 	case fs.ModeSymlink:
 		target, err := dir.Readlink(fi.Name())
 		if err != nil {
@@ -320,7 +320,7 @@ func (c *copier) file(dir *os.Root, p string, fi fs.FileInfo) error {
 			if many {
 				c.linked[id] = p
 			}
-			if err := errors.Join(f.Chmod(guestMode(fi.Mode(), false, c.shared)), f.Close()); err != nil {
+			if err := errors.Join(f.Chmod(guestMode(fi.Mode(), c.shared)), f.Close()); err != nil {
 				return err
 			}
 			return setTime(c.dst, p, fi.ModTime())

@@ -377,7 +377,7 @@ func (x *extractor) clear(dir *os.Root, base string) error {
 }
 
 func (x *extractor) mkdir(dir *os.Root, base, p string, h *tar.Header) error {
-	mode := guestMode(h.FileInfo().Mode(), h.Uid != 0, x.shared)
+	mode := guestMode(h.FileInfo().Mode(), x.shared)
 	err := dir.Mkdir(base, 0o700)
 	if errors.Is(err, fs.ErrExist) {
 		fi, err := dir.Lstat(base)
@@ -411,7 +411,7 @@ func (x *extractor) file(dir *os.Root, base string, h *tar.Header, content io.Re
 	if err := x.fill(f, h, content); err != nil {
 		return errors.Join(err, f.Close())
 	}
-	if err := f.Chmod(guestMode(h.FileInfo().Mode(), h.Uid != 0, x.shared)); err != nil {
+	if err := f.Chmod(guestMode(h.FileInfo().Mode(), x.shared)); err != nil {
 		return errors.Join(err, f.Close())
 	}
 	if err := f.Close(); err != nil {
@@ -541,22 +541,17 @@ func (x *extractor) finish() error {
 }
 
 // guestMode is the mode of a file or folder in the cache. The bottle runs under
-// one host uid, so:
+// one host uid, which for a plain user owns the cache too, so:
 //
 //   - the owner can always read, and write, and enter folders: else neither the
-//     guest's root nor a removal of the cache could;
-//   - what the image gave to an owner other than root, whom the guest does not
-//     have, is given to everyone;
+//     guest nor a removal of the cache could;
 //   - setuid and setgid are gone;
 //   - in root's cache everything is readable by the uid the bottle runs under,
 //     and writable only by root, since others can get there.
-func guestMode(m fs.FileMode, foreign, shared bool) fs.FileMode {
+func guestMode(m fs.FileMode, shared bool) fs.FileMode {
 	perm := m.Perm() | 0o600
 	if m.IsDir() {
 		perm |= 0o100
-	}
-	if foreign {
-		perm |= perm >> 6
 	}
 	if shared {
 		perm |= perm >> 3 & 0o055

@@ -210,23 +210,19 @@ func TestGuestMode(t *testing.T) {
 	const dir = os.ModeDir
 	tests := []struct {
 		in      os.FileMode
-		foreign bool
 		private os.FileMode
 		shared  os.FileMode
 	}{
-		{0o644, false, 0o644, 0o644},
-		{0o755 | os.ModeSetuid | os.ModeSetgid, false, 0o755, 0o755},
-		{0o000, false, 0o600, 0o644},
-		{0o111, false, 0o711, 0o755},
-		{0o640, false, 0o640, 0o644},
-		{0o700, false, 0o700, 0o755},
-		{0o666, false, 0o666, 0o644},
-		{0o700, true, 0o707, 0o755},
-		{0o600, true, 0o606, 0o644},
-		{dir, false, 0o700, 0o755},
-		{dir | 0o1777 | os.ModeSticky, false, 0o777 | os.ModeSticky, 0o755 | os.ModeSticky},
-		{dir | 0o750 | os.ModeSetgid, false, 0o750, 0o755},
-		{dir | 0o700, true, 0o707, 0o755},
+		{0o644, 0o644, 0o644},
+		{0o755 | os.ModeSetuid | os.ModeSetgid, 0o755, 0o755},
+		{0o000, 0o600, 0o644},
+		{0o111, 0o711, 0o755},
+		{0o640, 0o640, 0o644},
+		{0o700, 0o700, 0o755},
+		{0o666, 0o666, 0o644},
+		{dir, 0o700, 0o755},
+		{dir | 0o1777 | os.ModeSticky, 0o777 | os.ModeSticky, 0o755 | os.ModeSticky},
+		{dir | 0o750 | os.ModeSetgid, 0o750, 0o755},
 	}
 	for _, tt := range tests {
 		for _, shared := range []bool{false, true} {
@@ -234,8 +230,8 @@ func TestGuestMode(t *testing.T) {
 			if shared {
 				want = tt.shared
 			}
-			if got := guestMode(tt.in, tt.foreign, shared); got != want {
-				t.Errorf("guestMode(%v, foreign %v, shared %v) = %v, want %v", tt.in, tt.foreign, shared, got, want)
+			if got := guestMode(tt.in, shared); got != want {
+				t.Errorf("guestMode(%v, shared %v) = %v, want %v", tt.in, shared, got, want)
 			}
 		}
 	}
@@ -249,11 +245,13 @@ func TestModesOnDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, want := range map[string]os.FileMode{"su": 0o755, "d": os.ModeDir | 0o700, "d/f": 0o601, "": os.ModeDir | 0o755} {
-		if os.Geteuid() == 0 && name != "" {
-			want |= want & 0o400 >> 3 & 0o044
-			want = map[string]os.FileMode{"su": 0o755, "d": os.ModeDir | 0o755, "d/f": 0o645}[name]
-		}
+	private := map[string]os.FileMode{"su": 0o755, "d": os.ModeDir | 0o700, "d/f": 0o601, "": os.ModeDir | 0o755}
+	shared := map[string]os.FileMode{"su": 0o755, "d": os.ModeDir | 0o755, "d/f": 0o645, "": os.ModeDir | 0o755}
+	modes := private
+	if os.Geteuid() == 0 {
+		modes = shared
+	}
+	for name, want := range modes {
 		fi, err := os.Lstat(filepath.Join(rootfs, name))
 		if err != nil {
 			t.Fatal(err)
