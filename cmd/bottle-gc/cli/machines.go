@@ -15,7 +15,7 @@ import (
 )
 
 // machines adds smolvm's machines as a source. A host without a smolvm, or with
-// one that can't label what is ours, has none of our making.
+// one that is too old for a bottle, has none of our making.
 func machines(p *tool.Proc, src *reaper.Sources) {
 	src.Machines = func(ctx context.Context) ([]orphan.VM, error) {
 		c, err := client(ctx, p)
@@ -54,7 +54,7 @@ func client(ctx context.Context, p *tool.Proc) (*smolvm.Client, error) {
 		c, err = smolvm.Open(ctx, bin, nil)
 	}
 	switch {
-	case err == nil && c.Version.Less(smolvm.SinceLabel):
+	case err == nil && c.Version.Less(smolvm.SinceContainers):
 		return nil, nil
 	case err == nil:
 		return c, nil
