@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -318,18 +319,20 @@ func (x *exchange) check(resp *http.Response) error {
 	return f
 }
 
-// fromProxy tells pipelock's own refusals from an origin's answers: plain text
-// that begins with "blocked: " (v2.3).
+// proxyWords are how pipelock (v2.3) begins its own answers to plain requests;
+// nothing else about them differs from an origin's.
+var proxyWords = []string{"blocked: ", "forward proxy fetch failed"}
+
+// fromProxy tells pipelock's own refusals from an origin's answers.
 func (x *exchange) fromProxy(resp *http.Response) bool {
 	if resp.StatusCode < 400 || !strings.HasPrefix(resp.Header.Get("Content-Type"), "text/plain") {
 		return false
 	}
-	peek := &peeked{ReadCloser: resp.Body, head: make([]byte, len("blocked: "))}
+	peek := &peeked{ReadCloser: resp.Body, head: make([]byte, 32)}
 	n, _ := io.ReadFull(resp.Body, peek.head)
 	peek.head = peek.head[:n]
-	own := string(peek.head) == "blocked: "
 	resp.Body = peek
-	return own
+	return slices.ContainsFunc(proxyWords, func(w string) bool { return strings.HasPrefix(string(peek.head), w) })
 }
 
 // peeked gives back what was read to look at it.

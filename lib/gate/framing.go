@@ -210,6 +210,8 @@ func parseHead(b []byte) (head, *Refusal) {
 		case x.is("host"):
 			hosts++
 			h.host = x.value
+		case x.is("expect") && !strings.EqualFold(x.value, "100-continue"):
+			return h, badRequest("Expect may be 100-continue")
 		case x.is("content-length"):
 			n, ok := digits(x.value)
 			if !ok || h.length >= 0 {

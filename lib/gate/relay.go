@@ -118,13 +118,13 @@ func relay(guest *replayed, up net.Conn, open opening, l limits) (out, in int64,
 type relaying struct {
 	limits limits
 	last   atomic.Int64 // when a byte moved, Unix nanoseconds
-	half1  atomic.Bool  // one direction has ended
+	one    atomic.Bool  // one direction has ended
 }
 
 func (r *relaying) touch() { r.last.Store(time.Now().UnixNano()) }
 
 func (r *relaying) limit() time.Duration {
-	if r.half1.Load() {
+	if r.one.Load() {
 		return r.limits.halfOpen
 	}
 	return r.limits.tunnel
@@ -154,7 +154,7 @@ func (r *relaying) ended(dst, src net.Conn, err error) {
 		src.Close()
 		return
 	}
-	r.half1.Store(true)
+	r.one.Store(true)
 	_ = closeWrite(dst)
 	_ = dst.SetReadDeadline(time.Now().Add(r.limits.halfOpen))
 }

@@ -101,6 +101,7 @@ func TestHostileRequests(t *testing.T) {
 		"CONNECT user":             {"CONNECT u@" + at + " HTTP/1.1\r\n\r\n", "400", "bad_request"},
 		"CONNECT two dots":         {"CONNECT ok.test..:443 HTTP/1.1\r\n\r\n", "400", "bad_request"},
 		"host with odd characters": {get("/", "Host: a<b\r\n"), "400", "bad_request"},
+		"odd expectation":          {get(url, host+"Expect: the unexpected\r\n"), "400", "bad_request"},
 		"broken escape":            {get(url+"%zz", host), "400", "bad_request"},
 		"broken address":           {get("http://[::1/", host), "400", "bad_request"},
 		"CONNECT with body":        {"CONNECT " + at + " HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello", "400", "bad_request"},
