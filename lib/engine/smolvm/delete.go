@@ -12,6 +12,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/smolvm"
+	"github.com/bottle-tools/bottle/lib/state"
 )
 
 // Delete ends the machine and removes all that was made for it. Idempotent.
@@ -26,7 +27,7 @@ func (e *Engine) Delete(ctx context.Context, r engine.Ref) error {
 	if err := e.remove(ctx, c, r.ID, r.Dir); err != nil {
 		return err
 	}
-	return os.RemoveAll(ownDir(r.Dir))
+	return state.RemoveAll(ownDir(r.Dir))
 }
 
 // remove deletes the machine and then every monitor that still has its files:

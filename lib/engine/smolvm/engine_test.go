@@ -34,6 +34,9 @@ func newSpec(t *testing.T) *engine.Spec {
 			t.Fatal(err)
 		}
 	}
+	if err := os.WriteFile(filepath.Join(dir, "rootfs/bin/tool"), []byte("original"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	helper := filepath.Join(dir, "bottle-guest")
 	if err := os.WriteFile(helper, []byte("#!/bin/sh\n"), 0o755); err != nil {
 		t.Fatal(err)
@@ -251,7 +254,7 @@ func TestPrepareRefuses(t *testing.T) {
 // createArgv is what Start has to ask for; nothing secret and no variable in it.
 func createArgv(s *engine.Spec) []string {
 	return []string{"machine", "create", "--name", s.ID, "--cpus", "1", "--mem", "512", "--label", "owner=bottle",
-		"--image", s.Rootfs + "/",
+		"--image", s.Dir + "/smolvm/rootfs/",
 		"-v", s.Dir + "/smolvm/guest:/opt/bottle:ro", "-v", s.Workspace + ":/workspace", "-v", s.Binds[0].Source + ":/opt/extra:ro",
 		"--mount-socket", s.GateSocket + ":/run/bottle/gate.sock",
 		"--", "/opt/bottle/guest", "init", "/opt/bottle/config.json"}
@@ -297,6 +300,13 @@ func TestStart(t *testing.T) {
 		t.Errorf("%+v", st.Enforcement)
 	}
 	checkStaged(t, s)
+	// What a guest could write to is not the image that other bottles share.
+	if err := os.WriteFile(s.Dir+"/smolvm/rootfs/bin/tool", []byte("changed"), 0o644); err != nil {
+		t.Error(err)
+	}
+	if b, err := os.ReadFile(s.Rootfs + "/bin/tool"); err != nil || string(b) != "original" {
+		t.Errorf("the shared image was changed: %q, %v", b, err)
+	}
 	if alive, err := e.Alive(t.Context(), refOf(s)); !alive || err != nil {
 		t.Errorf("a slow machine counts as dead: %v, %v", alive, err)
 	}
@@ -604,6 +614,9 @@ func TestRealCreate(t *testing.T) {
 				t.Fatal(err)
 			}
 			if err := stage(s); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Mkdir(rootfsDir(s.Dir), 0o755); err != nil {
 				t.Fatal(err)
 			}
 			spec, err := createSpec(s)

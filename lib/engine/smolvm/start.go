@@ -17,12 +17,19 @@ import (
 	"github.com/bottle-tools/bottle/lib/guest"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/smolvm"
+	"github.com/bottle-tools/bottle/lib/state"
+	"github.com/bottle-tools/bottle/lib/worktree"
 )
 
 // Below the bottle's state folder:
 //
 //	smolvm/machine.json   what Delete needs when smolvm knows nothing any more
 //	smolvm/guest/         the guest's /opt/bottle: helper, config, CA, requests
+//	smolvm/rootfs/        the image, a copy
+//
+// A copy, because smolvm attaches the folder of an image without the read-only
+// flag of its file server (source of 1.9.1, src/agent/launcher.rs): a guest that
+// is root in its kernel could write to it, and the cache is shared by bottles.
 const (
 	caBundle    = "ca-bundle.pem"
 	requestsDir = "run"
@@ -30,6 +37,7 @@ const (
 
 func ownDir(dir string) string      { return filepath.Join(dir, "smolvm") }
 func guestDir(dir string) string    { return filepath.Join(ownDir(dir), "guest") }
+func rootfsDir(dir string) string   { return filepath.Join(ownDir(dir), "rootfs") }
 func machineFile(dir string) string { return filepath.Join(ownDir(dir), "machine.json") }
 
 // Polling of a guest that is slow to answer. On emulated hardware smolvm says
@@ -59,7 +67,7 @@ func (e *Engine) Start(ctx context.Context, s *engine.Spec) (*engine.Started, er
 	}
 	pid, err := e.bringUp(ctx, c, s)
 	if errors.Is(err, smolvm.ErrAlreadyExists) {
-		return nil, join(err, os.RemoveAll(ownDir(s.Dir))) // the machine is not this one
+		return nil, join(err, state.RemoveAll(ownDir(s.Dir))) // the machine is not this one
 	}
 	if err != nil {
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupLimit)
@@ -85,6 +93,9 @@ func enforcement(r plan.Resources) plan.Enforcement {
 
 func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) (pid int, err error) {
 	if err := stage(s); err != nil {
+		return 0, err
+	}
+	if err := worktree.Copy(ctx, s.Rootfs, rootfsDir(s.Dir), nil); err != nil {
 		return 0, err
 	}
 	spec, err := createSpec(s)
@@ -121,7 +132,7 @@ func createSpec(s *engine.Spec) (smolvm.CreateSpec, error) {
 		CPUs:    s.Bottle.Resources.CPUs,
 		MemMiB:  s.Bottle.Resources.MemoryMiB,
 		Labels:  ownLabels(),
-		Image:   s.Rootfs + "/", // a folder, never a reference
+		Image:   rootfsDir(s.Dir) + "/", // a folder, never a reference
 		Volumes: vs,
 		Sockets: []smolvm.Socket{{Host: s.GateSocket, Guest: engine.GuestSocket}},
 		Command: []string{engine.GuestHelper, "init", engine.GuestConfig},
