@@ -16,6 +16,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/pipelock"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/secret"
+	"github.com/bottle-tools/bottle/lib/smolfile"
 	"github.com/bottle-tools/bottle/lib/state"
 	"github.com/bottle-tools/bottle/lib/tool"
 	"github.com/bottle-tools/bottle/lib/trust"
@@ -278,6 +279,9 @@ func (s *starter) pack(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if got.Smolfile, err = smolfile.Section(s.bottle); err != nil {
+		return err
+	}
 	s.cfg.Rootfs = rootfs
 	if !s.doc.Has("pack") {
 		return s.doc.Set("pack", got)
@@ -374,6 +378,9 @@ func (s *starter) start(ctx context.Context) (err error) {
 			}
 		}
 	}()
+	if err := s.view(b); err != nil {
+		return err
+	}
 	if s.bottle.Workspace.Mode == "scratch" {
 		if err := s.scratch(ctx, b); err != nil {
 			return err
@@ -415,6 +422,27 @@ func (s *starter) record() (*state.Record, error) {
 		rec.Owner = &owner
 	}
 	return rec, nil
+}
+
+// view gives the bottle a root file system that has a place for each of its
+// mounts; the shared one is not written to.
+func (s *starter) view(b *state.Bottle) error {
+	if s.cfg.Rootfs == "" {
+		return nil
+	}
+	var points []image.Mountpoint
+	for _, m := range s.cfg.Mounts {
+		fi, err := os.Stat(m.Source)
+		if err != nil {
+			return fault.New(fault.NoInput, "no_mount", "%w", err)
+		}
+		points = append(points, image.Mountpoint{Path: m.Target, Dir: fi.IsDir()})
+	}
+	rootfs, err := image.View(s.cfg.Rootfs, points, b.Dir)
+	if err == nil {
+		s.cfg.Rootfs = rootfs
+	}
+	return err
 }
 
 func (s *starter) scratch(ctx context.Context, b *state.Bottle) error {
