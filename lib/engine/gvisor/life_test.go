@@ -544,3 +544,44 @@ func TestAvailable(t *testing.T) {
 		t.Errorf("with a broken program: %v", f)
 	}
 }
+
+// A workspace of root's own: the agent in the guest is still a plain user, and
+// the sandbox has none of root's rights.
+func TestBottleOwnedByRoot(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root; TestBottleExec covers a plain user's workspace")
+	}
+	s := newSpec(t, "owned-00000001")
+	s.HostUID, s.HostGID = 0, 0
+	if err := os.Chown(s.Workspace, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	b := start(t, s, nil)
+	out := b.sh(t, "id -u; echo x > /workspace/f; mkdir /workspace/d; stat -c %u /workspace/f; cat /etc/shadow /usr/share/../../etc/shadow 2>&1 | head -1; git -C /workspace init -q . && git -C /workspace status --porcelain")
+	if !strings.HasPrefix(out, "1000\n1000\n") || !strings.Contains(out, "No such file") || !strings.Contains(out, "?? f") {
+		t.Errorf("got %q", out)
+	}
+	fi, err := os.Stat(s.Workspace + "/f")
+	if err != nil || ownerOf(fi) != "0:0" {
+		t.Errorf("the file belongs to %v, %v", ownerOf(fi), err)
+	}
+	for _, p := range processesOf(filepath.Join(s.RunDir, "r")) {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID))
+		if err != nil {
+			t.Fatal(err)
+		}
+		uid := field(string(status), "Uid:")
+		if len(uid) == 0 || uid[0] == "0" {
+			t.Errorf("process %d runs as the host's root: %v", p.PID, uid)
+		}
+	}
+}
+
+func field(status, name string) []string {
+	for line := range strings.Lines(status) {
+		if rest, ok := strings.CutPrefix(line, name); ok {
+			return strings.Fields(rest)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,402 @@
+//go:build linux
+
+package helper
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bottle-tools/bottle/lib/fdpass"
+	"github.com/bottle-tools/bottle/lib/guest"
+)
+
+// upstreams gives a dialFunc whose far ends go to take.
+func upstreams(take func(net.Conn)) dialFunc {
+	return func(context.Context, guest.Relay) (net.Conn, error) {
+		a, b, err := fdpass.Stream()
+		if err != nil {
+			return nil, err
+		}
+		near, err := net.FileConn(a)
+		a.Close()
+		if err != nil {
+			return nil, err
+		}
+		far, err := net.FileConn(b)
+		b.Close()
+		if err != nil {
+			return nil, err
+		}
+		go take(far)
+		return near, nil
+	}
+}
+
+func serve(t *testing.T, dial dialFunc) (addr string, stderr *syncBuffer) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	stderr = &syncBuffer{}
+	go newRelay(guest.Relay{Service: guest.ServiceEgress}, dial, stderr).serve(l)
+	return l.Addr().String(), stderr
+}
+
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+func (s *syncBuffer) String() string { s.mu.Lock(); defer s.mu.Unlock(); return s.b.String() }
+
+func dialTCP(t *testing.T, addr string) *net.TCPConn {
+	t.Helper()
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	return c.(*net.TCPConn)
+}
+
+func TestRelayHalfClose(t *testing.T) {
+	addr, _ := serve(t, upstreams(func(c net.Conn) {
+		defer c.Close()
+		all, _ := io.ReadAll(c) // ends only when the client's half does
+		fmt.Fprintf(c, "%d bytes", len(all))
+	}))
+	for _, size := range []int{0, 1, bufSize, 3*bufSize + 1, 5 << 20} {
+		c := dialTCP(t, addr)
+		if _, err := c.Write(make([]byte, size)); err != nil {
+			t.Fatal(err)
+		}
+		c.CloseWrite()
+		got, err := io.ReadAll(c)
+		if err != nil || string(got) != fmt.Sprintf("%d bytes", size) {
+			t.Errorf("%d sent: %q, %v", size, got, err)
+		}
+	}
+}
+
+// The upstream ends first; the client may go on sending.
+func TestRelayUpstreamEndsFirst(t *testing.T) {
+	got := make(chan string, 1)
+	addr, _ := serve(t, upstreams(func(c net.Conn) {
+		io.WriteString(c, "bye")
+		c.(*net.UnixConn).CloseWrite()
+		all, _ := io.ReadAll(c)
+		got <- string(all)
+		c.Close()
+	}))
+	c := dialTCP(t, addr)
+	if b, err := io.ReadAll(c); err != nil || string(b) != "bye" {
+		t.Fatalf("%q, %v", b, err)
+	}
+	io.WriteString(c, "late")
+	c.CloseWrite()
+	select {
+	case s := <-got:
+		if s != "late" {
+			t.Errorf("got %q", s)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("what the client sent after the upstream's end is lost")
+	}
+}
+
+func TestRelayNoHost(t *testing.T) {
+	addr, stderr := serve(t, func(context.Context, guest.Relay) (net.Conn, error) { return nil, errors.New("host gone") })
+	c := dialTCP(t, addr)
+	if b, err := io.ReadAll(c); err != nil || len(b) != 0 {
+		t.Errorf("%q, %v; want the end of the stream", b, err)
+	}
+	if !strings.Contains(stderr.String(), "host gone") {
+		t.Errorf("stderr: %q", stderr.String())
+	}
+}
+
+// A gate that was replaced leaves spare connections that are dead.
+func TestRelayDropsDeadSpares(t *testing.T) {
+	var mu sync.Mutex
+	var fars []net.Conn
+	addr, _ := serve(t, upstreams(func(c net.Conn) {
+		mu.Lock()
+		fars = append(fars, c)
+		mu.Unlock()
+		b := make([]byte, 5)
+		if _, err := io.ReadFull(c, b); err == nil {
+			c.Write(b)
+		}
+	}))
+	echo := func() {
+		t.Helper()
+		c := dialTCP(t, addr)
+		io.WriteString(c, "hello")
+		b := make([]byte, 5)
+		if _, err := io.ReadFull(c, b); err != nil || string(b) != "hello" {
+			t.Fatalf("%q, %v", b, err)
+		}
+	}
+	echo()
+	deadline := time.Now().Add(10 * time.Second)
+	for { // the spares are there
+		mu.Lock()
+		n := len(fars)
+		mu.Unlock()
+		if n == 1+spares {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d connections, want %d", n, 1+spares)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	mu.Lock()
+	for _, c := range fars {
+		c.Close()
+	}
+	mu.Unlock()
+	for range 2 * spares {
+		echo()
+	}
+}
+
+func TestManyIdleConnections(t *testing.T) {
+	addr, _ := serve(t, upstreams(func(c net.Conn) { defer c.Close(); io.Copy(c, c) }))
+	conns := make([]*net.TCPConn, 300)
+	for i := range conns {
+		conns[i] = dialTCP(t, addr)
+	}
+	for i, c := range conns {
+		msg := fmt.Sprintf("%08d", i)
+		io.WriteString(c, msg)
+		b := make([]byte, 8)
+		if _, err := io.ReadFull(c, b); err != nil || string(b) != msg {
+			t.Fatalf("%d: %q, %v", i, b, err)
+		}
+	}
+}
+
+func TestSetupEtcAndTrust(t *testing.T) {
+	root := t.TempDir()
+	at := func(p string) string { return filepath.Join(root, p) }
+	write := func(p, s string) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Dir(at(p)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(at(p), []byte(s), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("etc/passwd", "root:x:0:0:r:/root:/bin/ash\nnode:x:1000:1000::/home/node:/bin/sh\nagent:x:5:5::/:/bin/false")
+	write("etc/pki/tls/certs/ca-bundle.crt", "RPM ROOTS") // no newline at its end
+	if err := os.Symlink("../run/resolv.conf", at("etc/resolv.conf")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(at("etc/ssl"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("../pki/tls/certs/ca-bundle.crt", at("etc/ssl/cert.pem")); err != nil {
+		t.Fatal(err)
+	}
+	write("opt/bottle/ca-bundle.pem", "WHOLE BUNDLE\n")
+	cfg := &guest.Config{Hostname: "h", User: guest.User{Name: "agent", UID: 1000, GID: 1000, Home: "/home/agent"},
+		CACert: "OWN\n", CABundle: "/opt/bottle/ca-bundle.pem"}
+	for range 2 { // again is no change
+		if err := setupEtc(at, cfg); err != nil {
+			t.Fatal(err)
+		}
+		if err := setupTrust(at, cfg); err != nil {
+			t.Fatal(err)
+		}
+		for name, want := range map[string]string{
+			"etc/passwd":                        "agent:x:1000:1000::/home/agent:/bin/sh\nroot:x:0:0:r:/root:/bin/ash\nnode:x:1000:1000::/home/node:/bin/sh\n",
+			"etc/group":                         "agent:x:1000:\nroot:x:0:\n",
+			"etc/hosts":                         Hosts("h"),
+			"etc/resolv.conf":                   "",
+			"etc/nsswitch.conf":                 NSSwitch,
+			"etc/ssl/certs/bottle-ca.pem":       "OWN\n",
+			"etc/pki/tls/certs/ca-bundle.crt":   "RPM ROOTS\nOWN\n",
+			"etc/ssl/cert.pem":                  "RPM ROOTS\nOWN\n",
+			"etc/ssl/certs/ca-certificates.crt": "WHOLE BUNDLE\n",
+		} {
+			if b, err := os.ReadFile(at(name)); err != nil || string(b) != want {
+				if name == "etc/ssl/certs/ca-certificates.crt" && string(b) == want+"OWN\n" {
+					continue // the second time it is a bundle of the image like any other
+				}
+				t.Errorf("%s: %q, %v; want %q", name, b, err, want)
+			}
+		}
+	}
+}
+
+func TestSetupHome(t *testing.T) {
+	root := t.TempDir()
+	at := func(p string) string { return filepath.Join(root, p) }
+	me := guest.User{Name: "agent", UID: os.Geteuid(), GID: os.Getegid(), Home: "/home/agent"}
+	cfg := &guest.Config{User: me, Files: []guest.File{
+		{Path: ".a/b/c.json", Content: "{}"}, {Path: "own", Content: "new"}, {Path: "../../escape", Content: "x"}}}
+	if err := os.MkdirAll(at("home/agent"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(at("home/agent/own"), []byte("old"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := setupHome(at, cfg); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{".a/b/c.json": "{}", "own": "old", "escape": "x"} {
+		if b, err := os.ReadFile(at("home/agent/" + name)); err != nil || string(b) != want {
+			t.Errorf("%s: %q, %v", name, b, err)
+		}
+	}
+	if _, err := os.Stat(at("escape")); err == nil {
+		t.Error("a file left the home")
+	}
+}
+
+func TestTarRoundTrip(t *testing.T) {
+	src, dst := t.TempDir(), t.TempDir()
+	for name, content := range map[string]string{"t/a": "A", "t/d/b": strings.Repeat("b", 100000), "t/empty": ""} {
+		p := filepath.Join(src, name)
+		os.MkdirAll(filepath.Dir(p), 0o755)
+		if err := os.WriteFile(p, []byte(content), 0o640); err != nil {
+			t.Fatal(err)
+		}
+	}
+	os.Chmod(src+"/t/a", 0o755)
+	os.Symlink("d/b", src+"/t/link")
+	unix.Mkfifo(src+"/t/fifo", 0o644)
+	var out, said bytes.Buffer
+	if err := TarOut(src+"/t", &out, &said); err != nil {
+		t.Fatal(err)
+	}
+	if said.String() != "t/fifo: left out: not a file, folder or link\n" {
+		t.Errorf("said %q", said.String())
+	}
+	if err := TarIn(dst+"/new/dir", &out); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(dst + "/new/dir/t/link"); err != nil || len(b) != 100000 {
+		t.Errorf("through the link: %d bytes, %v", len(b), err)
+	}
+	if fi, err := os.Stat(dst + "/new/dir/t/a"); err != nil || fi.Mode() != 0o755 {
+		t.Errorf("%v, %v", fi, err)
+	}
+	out.Reset()
+	if err := TarOut(src+"/t/a", &out, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	h, err := tar.NewReader(&out).Next()
+	if err != nil || h.Name != "a" || h.Uid != 0 || h.Uname != "" {
+		t.Errorf("%+v, %v", h, err)
+	}
+}
+
+func TestTarInHostile(t *testing.T) {
+	outside := t.TempDir()
+	entry := func(h tar.Header, content string) []byte {
+		var b bytes.Buffer
+		tw := tar.NewWriter(&b)
+		h.Size, h.Mode = int64(len(content)), 0o644
+		if err := tw.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(tw, content)
+		tw.Close()
+		return b.Bytes()
+	}
+	for name, stream := range map[string][]byte{
+		"dotdot":        entry(tar.Header{Name: "../x", Typeflag: tar.TypeReg}, "x"),
+		"absolute":      entry(tar.Header{Name: outside + "/x", Typeflag: tar.TypeReg}, "x"),
+		"through link":  entry(tar.Header{Name: "planted/x", Typeflag: tar.TypeReg}, "x"),
+		"link out":      entry(tar.Header{Name: "l", Linkname: "../..", Typeflag: tar.TypeSymlink}, ""),
+		"link absolute": entry(tar.Header{Name: "l", Linkname: "/etc", Typeflag: tar.TypeSymlink}, ""),
+		"hard link":     entry(tar.Header{Name: "l", Linkname: "/etc/passwd", Typeflag: tar.TypeLink}, ""),
+		"device":        entry(tar.Header{Name: "d", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 3}, ""),
+		"fifo":          entry(tar.Header{Name: "f", Typeflag: tar.TypeFifo}, ""),
+		"cut":           entry(tar.Header{Name: "f", Typeflag: tar.TypeReg}, strings.Repeat("x", 5000))[:1000],
+		"junk":          []byte(strings.Repeat("junk", 300)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := os.Symlink(outside, dir+"/planted"); err != nil {
+				t.Fatal(err)
+			}
+			if err := TarIn(dir, bytes.NewReader(stream)); err == nil {
+				t.Error("accepted")
+			}
+			if es, err := os.ReadDir(outside); err != nil || len(es) != 0 {
+				t.Errorf("written outside: %v, %v", es, err)
+			}
+		})
+	}
+}
+
+// A file of the same name as a link that was planted replaces the link.
+func TestTarInReplacesLink(t *testing.T) {
+	dir, outside := t.TempDir(), t.TempDir()+"/target"
+	if err := os.Symlink(outside, dir+"/f"); err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	tw := tar.NewWriter(&b)
+	tw.WriteHeader(&tar.Header{Name: "f", Typeflag: tar.TypeReg, Size: 1, Mode: 0o644})
+	io.WriteString(tw, "x")
+	tw.Close()
+	if err := TarIn(dir, &b); err != nil {
+		t.Fatal(err)
+	}
+	if fi, err := os.Lstat(dir + "/f"); err != nil || !fi.Mode().IsRegular() {
+		t.Errorf("%v, %v", fi, err)
+	}
+	if _, err := os.Stat(outside); err == nil {
+		t.Error("written through the link")
+	}
+}
+
+func FuzzTarIn(f *testing.F) {
+	var b bytes.Buffer
+	tw := tar.NewWriter(&b)
+	tw.WriteHeader(&tar.Header{Name: "a/b", Typeflag: tar.TypeReg, Size: 1, Mode: 0o644})
+	io.WriteString(tw, "x")
+	tw.WriteHeader(&tar.Header{Name: "a/l", Typeflag: tar.TypeSymlink, Linkname: "b"})
+	tw.Close()
+	f.Add(b.Bytes())
+	f.Fuzz(func(t *testing.T, stream []byte) {
+		parent := t.TempDir()
+		_ = TarIn(parent+"/in", bytes.NewReader(stream))
+		es, err := os.ReadDir(parent)
+		if err != nil || len(es) != 1 {
+			t.Fatalf("outside of the folder: %v, %v", es, err)
+		}
+		filepath.WalkDir(parent+"/in", func(p string, d os.DirEntry, err error) error {
+			if err == nil && !d.IsDir() && !d.Type().IsRegular() && d.Type() != os.ModeSymlink {
+				t.Fatalf("made a %v", d.Type())
+			}
+			return nil
+		})
+	})
+}
