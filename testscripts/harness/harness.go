@@ -38,8 +38,9 @@ var bodies = map[string]func(context.Context, *tool.Proc) int{
 	"bottle-gc":     gc.Run,
 }
 
-// commands that a line may start with, beside the tools.
-var shells = []string{"sh", "bottle", "printf", "env", "test", "jq", "export"}
+// commands that a line may start with, beside the tools and the scripts in
+// testscripts/testdata/bin.
+var shells = []string{"sh", "bottle", "printf", "env", "test", "jq"}
 
 var update = flag.Bool("update", false, "write what the commands answer into the .ct files")
 
@@ -50,7 +51,9 @@ func Main(m *testing.M) {
 	if body, ok := bodies[name]; ok {
 		tool.Main(name, body)
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	uninstall()
+	os.Exit(code)
 }
 
 // Suite is one folder of .ct files.
@@ -83,6 +86,15 @@ func (s Suite) Run(t *testing.T) {
 	for name := range bodies {
 		names = append(names, name)
 	}
+	data := filepath.Join(repo(t), "testscripts", "testdata")
+	builders, err := filepath.Glob(filepath.Join(data, "bin", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range builders {
+		names = append(names, filepath.Base(b))
+	}
+	run := shortDir(t)
 	for _, name := range append(names, shells...) {
 		ts.Commands[name] = func(args []string, input string) ([]byte, error) {
 			line := strings.Join(append([]string{name}, args...), " ")
@@ -98,8 +110,9 @@ func (s Suite) Run(t *testing.T) {
 	ts.Setup = func(root string) error {
 		restore(nil)
 		for _, kv := range append([]string{
-			"PATH=" + bin + ":" + pathOf(base), "HOME=" + filepath.Join(root, "home"), "ROOTDIR=" + root,
+			"PATH=" + bin + ":" + filepath.Join(data, "bin") + ":" + pathOf(base), "HOME=" + filepath.Join(root, "home"), "ROOTDIR=" + root,
 			"XDG_STATE_HOME=" + filepath.Join(root, "state"), "XDG_CACHE_HOME=" + filepath.Join(root, "cache"),
+			"XDG_RUNTIME_DIR=" + run, "TESTDATA=" + data,
 			"LC_ALL=C", "TMPDIR=" + os.TempDir(),
 		}, s.Env...) {
 			k, v, _ := strings.Cut(kv, "=")
@@ -110,6 +123,17 @@ func (s Suite) Run(t *testing.T) {
 		return os.Mkdir(filepath.Join(root, "home"), 0o700)
 	}
 	ts.Run(t, *update)
+}
+
+// shortDir is a folder for sockets: their paths have 108 bytes at most.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "br-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
 }
 
 func restore(environ []string) {
@@ -173,6 +197,11 @@ var (
 func normalise(s string) string {
 	if root := os.Getenv("ROOTDIR"); root != "" {
 		s = strings.ReplaceAll(s, root, "<root>")
+	}
+	for _, name := range []string{"XDG_RUNTIME_DIR", "TESTDATA"} {
+		if dir := os.Getenv(name); dir != "" {
+			s = strings.ReplaceAll(s, dir, "<"+strings.ToLower(name)+">")
+		}
 	}
 	s = vmID.ReplaceAllString(s, "$1-<id>")
 	s = tmp.ReplaceAllString(s, "<tmp>")
