@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"os"
+	"syscall"
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/keeper"
@@ -17,6 +18,7 @@ func main() {
 			return p.Report(fault.New(fault.Usage, "usage", "bottle-keeper takes no arguments").
 				WithHint("bottle-vm up starts it"))
 		}
+		syscall.CloseOnExec(keeper.ReplyFD) // none of the processes it starts may hold it
 		reply := os.NewFile(keeper.ReplyFD, "reply")
 		return p.Report(keeper.Run(ctx, p.Stdin, reply, os.Stderr))
 	})

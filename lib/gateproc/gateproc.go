@@ -143,11 +143,13 @@ func (p *Process) Exited() string { return p.cmd.ProcessState.String() }
 // Stop ends the gate: its connections are closed with it.
 func (p *Process) Stop(grace time.Duration) error {
 	p.Conns.Close() // a gate whose listener has ended ends by itself
-	_ = p.cmd.Process.Signal(os.Interrupt)
-	select {
-	case <-p.done:
-		return nil
-	case <-time.After(grace):
+	if grace > 0 {
+		_ = p.cmd.Process.Signal(os.Interrupt)
+		select {
+		case <-p.done:
+			return nil
+		case <-time.After(grace):
+		}
 	}
 	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("ending the gate: %w", err)

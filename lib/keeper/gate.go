@@ -38,8 +38,9 @@ type gateKeeper struct {
 	done   chan struct{}
 	once   sync.Once
 
-	mu   sync.Mutex
-	proc *gateproc.Process // nil while down
+	mu         sync.Mutex
+	proc       *gateproc.Process // nil while down
+	supervised bool              // supervise will close done
 }
 
 // startGate starts the first gate; the supervisor takes over from there.
@@ -89,9 +90,11 @@ func (g *gateKeeper) get() *gateproc.Process {
 func (g *gateKeeper) awaitReady(ctx context.Context) error {
 	p := g.get()
 	if err := p.AwaitReady(ctx); err != nil {
-		close(g.done)
 		return err
 	}
+	g.mu.Lock()
+	g.supervised = true
+	g.mu.Unlock()
 	go g.forward()
 	go g.supervise(p)
 	return nil
@@ -182,16 +185,13 @@ func (g *gateKeeper) restart() {
 
 // stop ends the gate for good. It may be called more than once.
 func (g *gateKeeper) stop() error {
-	g.once.Do(func() {
-		close(g.quit)
-		select {
-		case <-g.done:
-		default:
-			if p := g.get(); p != nil {
-				_ = p.Stop(gateGrace)
-			}
-		}
-	})
+	g.once.Do(func() { close(g.quit) })
+	g.mu.Lock()
+	p, supervised := g.proc, g.supervised
+	g.mu.Unlock()
+	if !supervised {
+		return p.Stop(0)
+	}
 	select {
 	case <-g.done:
 	case <-time.After(5 * time.Second):

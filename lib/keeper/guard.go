@@ -63,7 +63,8 @@ func (g *guard) watch(k *keeper) {
 			g.note(f)
 		})
 		if err != nil && ctx.Err() == nil {
-			_ = k.halt("the workspace could not be watched any more: " + err.Error())
+			// Not from here: the end of the bottle waits for this goroutine.
+			go func() { _ = k.halt("the workspace could not be watched any more: " + err.Error()) }()
 		}
 	}()
 }
