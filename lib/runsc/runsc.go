@@ -361,7 +361,7 @@ func (r Runsc) call(ctx context.Context, verb string, args ...string) ([]byte, e
 	var text capped
 	cmd.Stdout, cmd.Stderr = &out, &text
 	if err := cmd.Run(); err != nil {
-		return nil, failure(ctx, verb, cmd, strings.TrimSpace(text.String()), err)
+		return nil, failure(ctx, verb, cmd, strings.TrimSpace(text.b.String()), err)
 	}
 	return out.Bytes(), nil
 }
@@ -380,12 +380,13 @@ func failure(ctx context.Context, verb string, cmd *exec.Cmd, text string, err e
 // maxText is how much of runsc's messages is kept.
 const maxText = 8 << 10
 
-// capped keeps the first maxText bytes.
-type capped struct{ bytes.Buffer }
+// capped keeps the first maxText bytes. The buffer is no embedded one, whose
+// ReadFrom would go round the limit.
+type capped struct{ b bytes.Buffer }
 
 func (c *capped) Write(p []byte) (int, error) {
-	if room := maxText - c.Len(); room > 0 {
-		c.Buffer.Write(p[:min(room, len(p))])
+	if room := maxText - c.b.Len(); room > 0 {
+		c.b.Write(p[:min(room, len(p))])
 	}
 	return len(p), nil
 }
