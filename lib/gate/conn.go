@@ -43,6 +43,7 @@ type httpConn struct {
 
 	mu      sync.Mutex
 	aborted bool // net/http wants a pending Read to return
+	begun   bool // the client has sent something
 }
 
 func (g *Gate) newHTTPConn(c net.Conn, t *tunnel) *httpConn {
@@ -66,6 +67,7 @@ func (c *httpConn) Read(p []byte) (int, error) {
 		if n == 0 {
 			return 0, err
 		}
+		c.begin()
 		ok, bad := c.frame.feed(p[:n])
 		c.bad.Store(bad)
 		if inBody && c.frame.state == inHead {
@@ -104,12 +106,27 @@ func (c *httpConn) clear() {
 	}
 }
 
+// begin starts the clock for the first request with its first byte: helpers in
+// the guest open connections ahead of need.
+func (c *httpConn) begin() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.begun && !c.aborted {
+		_ = c.Conn.SetReadDeadline(time.Now().Add(c.gate.limits.head))
+	}
+	c.begun = true
+}
+
 // SetReadDeadline notes when net/http interrupts a Read by a deadline in the
 // past, so that extend does not undo it.
 func (c *httpConn) SetReadDeadline(t time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.aborted = !t.IsZero() && t.Before(time.Now())
+	now := time.Now()
+	c.aborted = !t.IsZero() && t.Before(now)
+	if !c.begun && !c.aborted {
+		t = now.Add(c.gate.limits.keepAlive)
+	}
 	return c.Conn.SetReadDeadline(t)
 }
 

@@ -118,6 +118,31 @@ func TestStalledClients(t *testing.T) {
 	g.settled()
 }
 
+// Connections that were opened ahead of need wait longer than a head may take.
+func TestOpenedAhead(t *testing.T) {
+	l := defaultLimits
+	l.head, l.keepAlive = 100*time.Millisecond, time.Second
+	o := startOrigin(t, false, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		time.Sleep(3 * l.head)
+		io.WriteString(w, "slow")
+	}))
+	g := start(t, []plan.Rule{pin(allowHost("slow.test", "http", o.port), "127.0.0.1")}, nil, func(c *Config) { c.limits = &l })
+	if _, b := g.get("http://" + hostPort("slow.test", o.port) + "/"); string(b) != "slow" {
+		t.Errorf("an answer that takes longer than a head may: %q", b)
+	}
+	c := g.dial()
+	time.Sleep(3 * l.head)
+	io.WriteString(c, "CONNECT denied.test:443 HTTP/1.1\r\n\r\n")
+	if b, _ := io.ReadAll(c); !bytes.HasPrefix(b, []byte("HTTP/1.1 403 ")) {
+		t.Errorf("%q", b)
+	}
+	// Not for ever, though.
+	if b, err := io.ReadAll(g.dial()); len(b) > 0 || err != nil {
+		t.Errorf("%q %v", b, err)
+	}
+	g.settled()
+}
+
 func TestUnaskedUpgrade(t *testing.T) {
 	port := serveTCP(t, func(c *net.TCPConn) {
 		http.ReadRequest(bufio.NewReader(c))
