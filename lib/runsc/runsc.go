@@ -240,7 +240,8 @@ type ExecOptions struct {
 }
 
 // Exec runs a command in a sandbox and gives its exit status, 128+n for a
-// signal. A failure of runsc's own is an *Error.
+// signal. A failure of runsc's own is an *Error. Call it on a locked thread:
+// runsc is killed when the thread that started it ends.
 func (r Runsc) Exec(ctx context.Context, o ExecOptions) (int, error) {
 	process, err := memfile("process.json", Encode(o.Process))
 	if err != nil {
@@ -260,10 +261,11 @@ func (r Runsc) Exec(ctx context.Context, o ExecOptions) (int, error) {
 	cmd := r.command(ctx, append(args, o.ID)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = o.Stdin, o.Stdout, log
 	cmd.ExtraFiles = []*os.File{process, o.Stderr}
-	// A Ctrl-C at the caller's terminal is the caller's to pass on.
-	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
+	// A Ctrl-C at the caller's terminal is the caller's to pass on. A caller that
+	// is killed leaves no runsc that waits; the command sees its streams end.
+	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
 	if o.Session {
-		cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Setctty: true, Ctty: 0}
+		cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Setctty: true, Ctty: 0, Pdeathsig: unix.SIGKILL}
 	}
 	if err := cmd.Start(); err != nil {
 		return 0, &Error{Verb: "exec", Status: -1, Err: err}

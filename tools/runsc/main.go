@@ -5,6 +5,9 @@
 // helper binary through runsc/gvisorbinaries/embed; nothing here needs it, and
 // a program whose every byte comes from source is easier to vouch for. The
 // subcommand sets come from maincli of the pinned module version.
+//
+// Build it with CGO_ENABLED=0: it executes itself in an empty root folder, where
+// a dynamically linked program has no loader.
 package main
 
 import (

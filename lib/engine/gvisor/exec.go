@@ -197,7 +197,7 @@ func (x *execution) exec(ctx context.Context, o runsc.ExecOptions, theirs ...*os
 	go func() {
 		defer close(finished)
 		defer closeAll(theirs)
-		// For a Pdeathsig the thread has to live as long as runsc.
+		// runsc is killed when its thread ends: that has to be this call's end.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		status, err = x.runsc.Exec(callCtx, o)
@@ -288,10 +288,12 @@ func (x *execution) runPipes(ctx context.Context) (int, error) {
 	}
 	out, err := s.output(x.q.Stdout)
 	if err != nil {
+		closeAll([]*os.File{in})
 		return 0, asFault(errors.Join(err, s.abort()))
 	}
 	errOut, err := s.output(x.q.Stderr)
 	if err != nil {
+		closeAll([]*os.File{in, out})
 		return 0, asFault(errors.Join(err, s.abort()))
 	}
 	s.start()
