@@ -15,7 +15,7 @@ import (
 )
 
 // Time limits and sizes. DefaultTimeout is for calls that only touch records
-// (measured: 7 to 12 ms); the others are for calls that boot or end a guest,
+// (measured: 7 to 12 ms); the others are for calls that boot or end a guest or copy,
 // for which smolvm 1.9.1 itself waits 30 s.
 const (
 	DefaultTimeout = 20 * time.Second
@@ -35,7 +35,7 @@ type Client struct {
 	Env     []string      // its whole environment; nil means ours
 	Timeout time.Duration // for calls without a guest; 0 means DefaultTimeout
 	Version Version
-	// BootTimeout bounds start, stop and delete; 0 means the constant.
+	// BootTimeout bounds create, start, stop, delete and cp; 0 means the constant.
 	BootTimeout time.Duration
 }
 

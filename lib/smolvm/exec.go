@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 )
 
@@ -132,6 +133,7 @@ func (c *Client) MachineExecAttached(ctx context.Context, name string, a Attache
 		// foreground, or it could not read.
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	}
+	defer keepMode(int(stdin.Fd()))()
 	if err := cmd.Start(); err != nil {
 		return -1, c.startError(ctx, op, 0, Result{Code: -1}, err)
 	}
@@ -155,6 +157,22 @@ func (c *Client) MachineExecAttached(ctx context.Context, name string, a Attache
 		}
 	}
 	return -1, classify(op, r.Code, string(r.Stderr))
+}
+
+// keepMode remembers how the input is set and gives what sets it so again.
+// smolvm makes a terminal raw and any input non-blocking; when it is killed it
+// cannot undo that, and the caller's shell would have it.
+func keepMode(fd int) (restore func()) {
+	state, terr := term.GetState(fd)
+	flags, ferr := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	return func() {
+		if terr == nil {
+			_ = term.Restore(fd, state)
+		}
+		if ferr == nil {
+			_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETFL, flags)
+		}
+	}
 }
 
 func orNull(f *os.File) (*os.File, error) {

@@ -11,6 +11,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/creack/pty"
+	"golang.org/x/sys/unix"
+
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/smolvm/smolvmtest"
 	"github.com/bottle-tools/bottle/testscripts/fakesmolvm"
@@ -304,6 +307,40 @@ func TestForgedFailureIsToldApart(t *testing.T) {
 	code, err := plain.MachineExecAttached(ctx, "x", Attached{Ran: func(context.Context) (int, bool) { asked = true; return 0, true }}, "grep")
 	if code != 1 || err != nil || asked {
 		t.Errorf("a guest's own exit 1: %d, %v, asked %v", code, err, asked)
+	}
+}
+
+// A smolvm that is killed leaves the terminal raw and the input non-blocking.
+func TestKilledExecRestoresTheTerminal(t *testing.T) {
+	ptm, pts, err := pty.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ptm.Close()
+	defer pts.Close()
+	fd := int(pts.Fd())
+	before, err := unix.IoctlGetTermios(fd, ioctlGetTermios)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	c := script(t, "stty raw -echo; touch "+dir+"/raw; exec sleep 60")
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		defer cancel()
+		for range 200 {
+			if _, err := os.Stat(dir + "/raw"); err == nil {
+				return
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}()
+	if _, err := c.MachineExecAttached(ctx, "a", Attached{Stdin: pts, Stdout: pts, TTY: true}, "sh"); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+	after, err := unix.IoctlGetTermios(fd, ioctlGetTermios)
+	if err != nil || after.Lflag != before.Lflag || after.Iflag != before.Iflag {
+		t.Errorf("%v: lflag %x, was %x", err, after.Lflag, before.Lflag)
 	}
 }
 

@@ -132,7 +132,7 @@ func (c *Client) MachineCreate(ctx context.Context, name string, s CreateSpec) e
 	if len(s.Command) > 0 {
 		args = append(append(args, "--"), s.Command...)
 	}
-	_, err = c.call(ctx, op, c.timeout(), args)
+	_, err = c.call(ctx, op, c.bootTimeout(), args) // it may have an archive to read
 	return err
 }
 

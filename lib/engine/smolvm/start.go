@@ -111,6 +111,9 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 	if err := startTwice(ctx, c, s.ID, s.Dir); err != nil {
 		return 0, explainBoot(err, e.getenv)
 	}
+	if err := closeDataDirs(ctx, c, s.ID, s.Dir); err != nil { // start may make it anew
+		return 0, err
+	}
 	m, err := c.MachineStatus(ctx, s.ID)
 	if err != nil {
 		return 0, err
@@ -199,8 +202,8 @@ func copyFile(from, to string, mode os.FileMode) error {
 	return errors.Join(err, out.Close())
 }
 
-// remember writes where smolvm keeps the machine before it is started: a
-// monitor whose start was cut off is found by nothing else.
+// remember writes where smolvm keeps the machine before it is started (a monitor
+// whose start was cut off is found by nothing else), and closes that folder.
 func remember(ctx context.Context, c *smolvm.Client, id, dir string) error {
 	data, err := c.MachineDataDir(ctx, id)
 	if err != nil {
@@ -214,7 +217,32 @@ func remember(ctx context.Context, c *smolvm.Client, id, dir string) error {
 	if err := writeSynced(tmp, b); err != nil {
 		return err
 	}
-	return os.Rename(tmp, machineFile(dir))
+	if err := os.Rename(tmp, machineFile(dir)); err != nil {
+		return err
+	}
+	return closeDataDirs(ctx, c, id, dir)
+}
+
+// closeDataDirs takes smolvm's folder for the machine from other local users: in
+// it smolvm leaves the agent's socket, mode 0777, behind which is guest root.
+func closeDataDirs(ctx context.Context, c *smolvm.Client, id, dir string) error {
+	for _, d := range dataDirs(ctx, c, id, dir) {
+		fi, err := os.Lstat(d)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err == nil && !fi.IsDir() {
+			err = fmt.Errorf("%s is not a folder", d)
+		}
+		if err == nil && fi.Mode().Perm()&0o077 != 0 {
+			err = os.Chmod(d, 0o700)
+		}
+		if err != nil {
+			return fault.New(fault.IO, "smolvm_data_dir", "smolvm's folder of the machine cannot be closed to others: %w", err).
+				WithHint("look at it with: smolvm machine data-dir --name %s", id)
+		}
+	}
+	return nil
 }
 
 func writeSynced(path string, b []byte) error {
