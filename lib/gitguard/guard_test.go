@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -568,6 +569,19 @@ func TestHide(t *testing.T) {
 		}
 		if b.Source != want || !b.ReadOnly {
 			t.Errorf("%+v", b)
+		}
+	}
+}
+
+func TestNames(t *testing.T) {
+	patterns := []string{".env", ".env.*", "*.pem", "*.tar.gz", "id_?sa", "[ab]*", `\\*x`, "*", "*rc", "*."}
+	for i := range patterns { // each pattern alone agrees with path.Match
+		n := newNames(patterns[i : i+1])
+		for _, name := range []string{".env", ".env.a", "x.env", "a.pem", ".pem", "pem", "x.tar.gz", "x.gz", "id_rsa", "id_dsa", "b", "*x", "x", "npmrc", "x."} {
+			want, err := path.Match(patterns[i], name)
+			if err != nil || n.match(name) != want {
+				t.Errorf("%q %q: %v (%v)", patterns[i], name, !want, err)
+			}
 		}
 	}
 }

@@ -6,15 +6,41 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"strings"
 
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
 )
 
-// hides tells whether a base name matches one of the patterns.
-func (g *Guard) hides(name string) bool {
-	for _, pattern := range g.opts.Hide {
-		if ok, _ := path.Match(pattern, name); ok {
+// names is a set of base-name patterns, sorted by how fast they can be told:
+// the walk asks for every file of the workspace.
+type names struct {
+	exact  map[string]bool
+	suffix map[string]bool // of "*.pem": ".pem"
+	globs  []string
+}
+
+func newNames(patterns []string) names {
+	n := names{exact: map[string]bool{}, suffix: map[string]bool{}}
+	for _, p := range patterns {
+		switch rest, star := strings.CutPrefix(p, "*"); {
+		case !strings.ContainsAny(p, `*?[\`):
+			n.exact[p] = true
+		case star && strings.LastIndexByte(rest, '.') == 0 && !strings.ContainsAny(rest, `*?[\`):
+			n.suffix[rest] = true
+		default:
+			n.globs = append(n.globs, p)
+		}
+	}
+	return n
+}
+
+func (n names) match(name string) bool {
+	if n.exact[name] || n.suffix[path.Ext(name)] {
+		return true
+	}
+	for _, p := range n.globs {
+		if ok, _ := path.Match(p, name); ok {
 			return true
 		}
 	}
@@ -28,12 +54,12 @@ func (p *planner) cover(rel string, d fs.DirEntry) error {
 	case d.Type()&fs.ModeSymlink != 0:
 		return p.conceal(filepath.Join(p.opts.Workspace, rel))
 	case d.IsDir():
-		if err := p.hide(rel, p.opts.EmptyDir); err != nil {
+		if err := p.mask(rel, p.opts.EmptyDir); err != nil {
 			return err
 		}
 		return fs.SkipDir
 	case d.Type().IsRegular():
-		return p.hide(rel, p.opts.EmptyFile)
+		return p.mask(rel, p.opts.EmptyFile)
 	}
 	return nil
 }
@@ -56,12 +82,12 @@ func (p *planner) conceal(abs string) error {
 		return fault.New(fault.IO, "read_failed", "looking at %s: %w", abs, err)
 	}
 	if fi.IsDir() {
-		return p.hide(rel, p.opts.EmptyDir)
+		return p.mask(rel, p.opts.EmptyDir)
 	}
-	return p.hide(rel, p.opts.EmptyFile)
+	return p.mask(rel, p.opts.EmptyFile)
 }
 
-func (p *planner) hide(rel, empty string) error {
+func (p *planner) mask(rel, empty string) error {
 	if p.covered[rel] {
 		return nil
 	}

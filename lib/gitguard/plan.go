@@ -79,6 +79,7 @@ type Guard struct {
 	Hidden []string
 
 	opts  Options
+	hide  names
 	known map[id]bool     // .git entries, git folders, symlinks in them
 	repos map[id]*gitDir  // git folders
 	bares []string        // paths of bare repositories
@@ -125,7 +126,7 @@ func (f Finding) String() string {
 // .git or a pinned name is a symbolic link, which no mount can hold), 74, and 78
 // workspace_too_big, too_many_repositories, too_many_hidden.
 func Plan(o Options) (*Guard, error) {
-	g := &Guard{opts: o, known: map[id]bool{}, repos: map[id]*gitDir{}, outer: map[string]bool{}, pins: map[string]*pin{}}
+	g := &Guard{opts: o, hide: newNames(o.Hide), known: map[id]bool{}, repos: map[id]*gitDir{}, outer: map[string]bool{}, pins: map[string]*pin{}}
 	p := planner{Guard: g, covered: map[string]bool{}}
 	if err := p.walk(); err != nil {
 		return nil, err
@@ -204,7 +205,8 @@ type planner struct {
 
 // walk finds repositories and files to hide. It never follows a symlink.
 func (p *planner) walk() error {
-	root := p.opts.Workspace
+	root := filepath.Clean(p.opts.Workspace)
+	below := strings.TrimSuffix(root, "/") + "/"
 	return filepath.WalkDir(root, func(abs string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist) {
 			// What we may not enter, the guest may not either: it has our rights.
@@ -217,10 +219,11 @@ func (p *planner) walk() error {
 			return fault.New(fault.Host, "workspace_too_big", "the workspace %s holds more than %d files", root, MaxEntries).
 				WithHint("choose a smaller folder as workspace.path")
 		}
-		rel, _ := inside(root, abs)
-		switch {
-		case rel == ".":
+		if abs == root {
 			return nil
+		}
+		rel := strings.TrimPrefix(abs, below)
+		switch {
 		case strings.EqualFold(d.Name(), ".git"):
 			p.found = append(p.found, rel)
 			if d.IsDir() {
@@ -230,7 +233,7 @@ func (p *planner) walk() error {
 		case d.Name() == "HEAD" && isBare(filepath.Dir(abs)):
 			p.found = append(p.found, filepath.Dir(rel))
 		}
-		if p.hides(d.Name()) {
+		if p.hide.match(d.Name()) {
 			return p.cover(rel, d)
 		}
 		return nil

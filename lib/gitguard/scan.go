@@ -134,7 +134,7 @@ func (s *scan) entry(pl place, name string, mode fs.FileMode) {
 	}
 	if pl.repo == nil {
 		s.bare(pl, name)
-		if s.appeared && s.hides(name) && !slices.Contains(s.Hidden, rel) {
+		if s.appeared && s.hide.match(name) && !slices.Contains(s.Hidden, rel) {
 			s.appears(rel, mode)
 			return
 		}

@@ -172,7 +172,7 @@ func (w *watcher) matters(rel, name string) bool {
 	case "HEAD", "commondir", "objects", "refs":
 		return true
 	}
-	return w.pins[path.Join(rel, name)] != nil || strings.EqualFold(name, ".git") || w.outer[path.Join(rel, name)] || w.hides(name) || w.inRepository(rel)
+	return w.pins[path.Join(rel, name)] != nil || strings.EqualFold(name, ".git") || w.outer[path.Join(rel, name)] || w.hide.match(name) || w.inRepository(rel)
 }
 
 func (w *watcher) inRepository(rel string) bool {
