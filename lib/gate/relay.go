@@ -6,10 +6,13 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // opening looks at the first bytes of each direction of a tunnel and passes
@@ -109,7 +112,13 @@ func relay(guest *replayed, up net.Conn, open opening, l limits) (out, in int64,
 	r.touch()
 	var wg sync.WaitGroup
 	var outErr, inErr error
-	wg.Go(func() { out, outErr = r.half(up, guest, open.out); r.ended(up, guest, outErr) })
+	wg.Go(func() {
+		out, outErr = r.half(up, guest, open.out)
+		r.ended(up, guest, outErr)
+		if outErr == nil && r.hangsUp(guest.Conn) {
+			up.Close()
+		}
+	})
 	wg.Go(func() { in, inErr = r.half(guest, up, open.in); r.ended(guest, up, inErr) })
 	wg.Wait()
 	return out, in, errors.Join(outErr, inErr)
@@ -119,6 +128,7 @@ type relaying struct {
 	limits limits
 	last   atomic.Int64 // when a byte moved, Unix nanoseconds
 	one    atomic.Bool  // one direction has ended
+	both   atomic.Bool
 }
 
 func (r *relaying) touch() { r.last.Store(time.Now().UnixNano()) }
@@ -154,9 +164,38 @@ func (r *relaying) ended(dst, src net.Conn, err error) {
 		src.Close()
 		return
 	}
-	r.one.Store(true)
 	_ = closeWrite(dst)
+	if r.one.Swap(true) {
+		r.both.Store(true)
+		_ = dst.SetReadDeadline(time.Now()) // wakes hangsUp
+		return
+	}
 	_ = dst.SetReadDeadline(time.Now().Add(r.limits.halfOpen))
+}
+
+// hangsUp waits, after the guest has ended its half, for it to close the
+// connection altogether, so that a silent host does not keep it open. Only
+// Linux tells the two apart, on Unix sockets.
+func (r *relaying) hangsUp(guest net.Conn) (closed bool) {
+	sc, ok := guest.(syscall.Conn)
+	if !ok || runtime.GOOS != "linux" {
+		return false
+	}
+	rc, err := sc.SyscallConn()
+	if err != nil {
+		return false
+	}
+	_ = guest.SetReadDeadline(time.Now().Add(r.limits.halfOpen))
+	if r.both.Load() {
+		return false
+	}
+	_ = rc.Read(func(fd uintptr) bool {
+		p := []unix.PollFd{{Fd: int32(fd)}}
+		_, err := unix.Poll(p, 0)
+		closed = err == nil && p[0].Revents&unix.POLLHUP != 0
+		return closed
+	})
+	return closed
 }
 
 // A buffer is only held while there is something in it: a thousand idle tunnels

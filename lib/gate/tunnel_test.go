@@ -122,6 +122,35 @@ func TestSentAhead(t *testing.T) {
 	}
 }
 
+// A host that never answers does not keep alive what the guest has closed.
+func TestGuestHangsUp(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("SKIPPED: only Linux tells a closed Unix socket from a half-closed one")
+	}
+	silent := make(chan struct{})
+	defer close(silent)
+	port := serveTCP(t, func(c *net.TCPConn) { <-silent })
+	g := start(t, []plan.Rule{tcpRule("tcp.test", port)}, nil, nil)
+	_, _, once := g.connect(hostPort("tcp.test", port))
+	_, _, later := g.connect(hostPort("tcp.test", port))
+	_, _, half := g.connect(hostPort("tcp.test", port))
+	closeWrite(half)
+	closeWrite(later)
+	once.Close()
+	time.Sleep(50 * time.Millisecond)
+	later.Close()
+	for range 500 {
+		if g.gate.Stats().Tunnels == 1 {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	time.Sleep(50 * time.Millisecond)
+	if s := g.gate.Stats(); s.Tunnels != 1 {
+		t.Errorf("the half-closed one is to stay, and no other: %+v", s)
+	}
+}
+
 func TestReset(t *testing.T) {
 	port := serveTCP(t, func(c *net.TCPConn) {
 		io.ReadFull(c, make([]byte, 1))
