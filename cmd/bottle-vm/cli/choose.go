@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,12 +16,16 @@ import (
 	"github.com/bottle-tools/bottle/lib/state"
 )
 
-// chooseEngine takes the first candidate of the plan that works here. With
+// choice is an engine that works here.
+type choice struct{ name, why string }
+
+// chooseEngines gives the plan's candidates that work here, best first. With
 // runtime auto an engine that needs hardware counts as working only once it has
 // booted something on this host; with one engine asked for, its own start is
 // the proof.
-func chooseEngine(ctx context.Context, b *plan.Bottle, root *state.Root) (name, why string, err error) {
-	var passed []string
+func chooseEngines(ctx context.Context, b *plan.Bottle, root *state.Root) ([]choice, error) {
+	var works []choice
+	var passed passedOver
 	for _, c := range b.Runtime.Candidates {
 		e, err := engines.Find(c.Engine)
 		if err == nil {
@@ -33,9 +36,9 @@ func chooseEngine(ctx context.Context, b *plan.Bottle, root *state.Root) (name, 
 		}
 		if err != nil {
 			if len(b.Runtime.Candidates) == 1 {
-				return "", "", err
+				return nil, err
 			}
-			passed = append(passed, fmt.Sprintf("%s: %v", c.Engine, err))
+			passed = passed.add(c.Engine, err)
 			continue
 		}
 		why := "the plan asks for it"
@@ -45,10 +48,20 @@ func chooseEngine(ctx context.Context, b *plan.Bottle, root *state.Root) (name, 
 				why = "not " + strings.Join(passed, "; not ")
 			}
 		}
-		return e.Name(), why, nil
+		works = append(works, choice{e.Name(), why})
 	}
-	return "", "", fault.New(fault.Unavailable, "no_engine", "no engine works here: %s", strings.Join(passed, "; ")).
-		WithHint("bottle-vm doctor tells what to do")
+	if len(works) == 0 {
+		return nil, fault.New(fault.Unavailable, "no_engine", "no engine works here: %s", strings.Join(passed, "; ")).
+			WithHint("bottle-vm doctor tells what to do")
+	}
+	return works, nil
+}
+
+// passedOver are engines and why they were not taken.
+type passedOver []string
+
+func (p passedOver) add(engine string, err error) passedOver {
+	return append(p, engine+": "+strings.TrimPrefix(err.Error(), engine+": "))
 }
 
 // checks is engine-checks.json: what booted on this host, by a key that changes

@@ -104,13 +104,37 @@ func (s *starter) run(ctx context.Context) error {
 		return err
 	}
 	for _, step := range []func(context.Context) error{
-		s.place, s.egress, s.trusted, s.folders, s.pack, s.programs, s.engine, s.proxy, s.secrets,
+		s.place, s.egress, s.trusted, s.folders, s.pack, s.programs, s.proxy, s.secrets,
 	} {
 		if err := step(ctx); err != nil {
 			return err
 		}
 	}
-	return s.start(ctx)
+	return s.engines(ctx)
+}
+
+// engines starts the bottle on the first engine that can hold its plan: one
+// that refuses a clause (78) has left nothing, and the next is tried.
+func (s *starter) engines(ctx context.Context) error {
+	works, err := chooseEngines(ctx, s.bottle, s.root)
+	if err != nil {
+		return err
+	}
+	var passed passedOver
+	for i, c := range works {
+		s.cfg.Runtime, s.cfg.RuntimeWhy = c.name, c.why
+		if len(passed) > 0 {
+			s.cfg.RuntimeWhy = "not " + strings.Join(passed, "; not ")
+		}
+		resolved := s.cfg // start puts the bottle's own copies in place of what it resolved
+		err := s.start(ctx)
+		s.cfg = resolved
+		if f := fault.As(err); f == nil || f.Exit != fault.Host || i == len(works)-1 {
+			return err
+		}
+		passed = passed.add(c.name, err)
+	}
+	return nil
 }
 
 // place finds the manifest's folder and makes sure that it holds the manifest
@@ -302,11 +326,6 @@ func (s *starter) programs(context.Context) (err error) {
 		return err
 	}
 	s.cfg.GuestExe, err = beside("bottle-guest")
-	return err
-}
-
-func (s *starter) engine(ctx context.Context) (err error) {
-	s.cfg.Runtime, s.cfg.RuntimeWhy, err = chooseEngine(ctx, s.bottle, s.root)
 	return err
 }
 
