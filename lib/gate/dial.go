@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/pipelock"
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
@@ -81,12 +82,10 @@ func (g *Gate) reach(ctx context.Context, host string, port int, rule *plan.Rule
 	return nil, "", failed("upstream_unreachable", host, port, "connecting failed: "+errText(err))
 }
 
-// leavesByProxy tells which way a rule takes when there is an upstream proxy.
-// It resolves by itself, so a rule that pins addresses could not be held by it,
-// and it knows neither ranges nor what is not TLS or HTTP.
+// leavesByProxy tells which way a rule takes. What the upstream proxy cannot
+// hold exactly as written leaves from the gate, which checks it itself.
 func (g *Gate) leavesByProxy(rule *plan.Rule) bool {
-	return g.cfg.Upstream != "" && rule.CIDR == "" && len(rule.Addresses) == 0 &&
-		(rule.Protocol == "tls" || rule.Protocol == "http")
+	return g.cfg.Upstream != "" && pipelock.Carries(*rule)
 }
 
 // addresses gives where host may be dialled, each one checked. One bad address

@@ -60,9 +60,8 @@ type Config struct {
 	// the plan's roots.
 	RootsPEM [][]byte
 	Audit    *audit.Log
-	// Upstream is the host:port of a proxy (pipelock) through which tls and
-	// http rules leave; "" dials directly. Rules that pin addresses or name a
-	// range, ssh and tcp leave from the gate in any case.
+	// Upstream is the host:port of pipelock, through which the rules leave that
+	// it carries (pipelock.Carries); "" dials directly.
 	Upstream string
 	MaxConns int       // 0: DefaultMaxConns
 	Log      io.Writer // remarks for people; nil: none
