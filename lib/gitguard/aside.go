@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -66,8 +67,7 @@ func (a *asideFolder) take(fd int, name, rel string) (string, error) {
 		// Better out of git's sight here than armed.
 		return a.rename(fd, name, rel, err)
 	}
-	a.count++
-	to := fmt.Sprintf("%03d-%s", a.count, slug(rel))
+	to := a.free(rel)
 	err := unix.Renameat(fd, name, int(a.dir.Fd()), to)
 	if errors.Is(err, unix.EXDEV) {
 		err = a.copyAway(fd, name, to)
@@ -79,6 +79,37 @@ func (a *asideFolder) take(fd int, name, rel string) (string, error) {
 		return "", err
 	}
 	return filepath.Join(a.path, to), disarmAt(int(a.dir.Fd()), to, 0)
+}
+
+// free gives a name that nothing in the folder has: an earlier process may have
+// put things there.
+func (a *asideFolder) free(rel string) string {
+	for {
+		a.count++
+		to := fmt.Sprintf("%03d-%s", a.count, slug(rel))
+		var st unix.Stat_t
+		if unix.Fstatat(int(a.dir.Fd()), to, &st, unix.AT_SYMLINK_NOFOLLOW) != nil {
+			return to
+		}
+	}
+}
+
+// notes is the file beside what was set aside that says what it is: it stays
+// when the bottle and its log are gone.
+const notes = "findings.txt"
+
+// note is best effort: the finding is reported all the same.
+func (a *asideFolder) note(f Finding) {
+	if a.dir == nil {
+		return
+	}
+	fd, err := unix.Openat(int(a.dir.Fd()), notes, unix.O_WRONLY|unix.O_CREAT|unix.O_APPEND|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return
+	}
+	file := os.NewFile(uintptr(fd), notes)
+	_, _ = fmt.Fprintf(file, "%s %q: %s; moved to %q\n", time.Now().UTC().Format(time.RFC3339), f.Path, f.What, f.MovedTo)
+	_ = file.Close()
 }
 
 // rename gives an entry a name in its own folder that means nothing to git.

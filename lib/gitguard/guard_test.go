@@ -273,6 +273,9 @@ func TestSweepDisarms(t *testing.T) {
 func (f *fixture) lookAround() {
 	f.t.Helper()
 	_ = filepath.WalkDir(f.aside, func(p string, d os.DirEntry, err error) error {
+		if err == nil && d.IsDir() && (d.Name() == "objects" || d.Name() == "hooks") {
+			return filepath.SkipDir
+		}
 		if err == nil && d.IsDir() && f.try(p, "status") {
 			f.t.Errorf("git status in %s ran the guest's program", p)
 		}
@@ -595,7 +598,7 @@ func TestHiddenNamesThatAppear(t *testing.T) {
 	f.write("warm/.git", "x")
 	await(t, findings, "warm/.git")
 	f.write("app/.env.local", "TOKEN=1")
-	if got := await(t, findings, "app/.env.local"); got.MovedTo != "" || !strings.Contains(got.What, "guest can read it") {
+	if got := await(t, findings, "app/.env.local"); got.MovedTo != "" || !strings.Contains(got.What, "guest can reach it") {
 		t.Errorf("%v", got)
 	}
 	if _, err := os.Stat(filepath.Join(f.ws, "app/.env.local")); err != nil {
@@ -707,6 +710,25 @@ func TestLostCovers(t *testing.T) {
 	}
 }
 
+// A guest that makes names to hide in a loop holds up nothing else.
+func TestCoversDoNotHoldUp(t *testing.T) {
+	f := newFixture(t)
+	f.repo()
+	g := f.plan(func(o *Options) { o.Hide = []string{"*.pem"} })
+	release := make(chan struct{})
+	g.OnLost(func(engine.Bind) error { <-release; return errors.New("no") })
+	findings, stop := watch(t, g)
+	f.write("warm/.git", "x")
+	await(t, findings, "warm/.git")
+	for i := range 3 * maxJobs {
+		f.write(filepath.Join("k", strings.Repeat("k", i+1)+".pem"), "")
+	}
+	f.write(".git/commondir", "x")
+	await(t, findings, ".git/commondir")
+	close(release)
+	stop()
+}
+
 func TestTooMuch(t *testing.T) {
 	f := newFixture(t)
 	for i := range MaxHidden + 1 {
@@ -738,7 +760,7 @@ func TestFlood(t *testing.T) {
 		t.Fatalf("%d findings, %v", len(found), err)
 	}
 	kept, err := os.ReadDir(f.aside)
-	if err != nil || len(kept) != maxAside {
+	if err != nil || len(kept) != maxAside+1 { // and the notes
 		t.Errorf("%d kept, %v", len(kept), err)
 	}
 	if out, _ := exec.Command("find", f.ws, "-name", ".git").Output(); len(out) != 0 {
@@ -767,6 +789,49 @@ func TestAsideOnAnotherFileSystem(t *testing.T) {
 		t.Errorf("left: %v", left)
 	}
 	f.lookAround()
+}
+
+// The process that watched was killed; another one sweeps.
+func TestResume(t *testing.T) {
+	f := newFixture(t)
+	f.repo()
+	f.git(".", "config", "core.hooksPath", "ci/hooks")
+	f.evilRepo("vendor/lib")
+	first := f.plan()
+	file := filepath.Join(f.top, "guard.json")
+	if err := first.Persist(file); err != nil {
+		t.Fatal(err)
+	}
+	if fi, err := os.Stat(file); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("%v %v", fi, err)
+	}
+	f.write(".git/commondir", "x")
+	f.write("sub/.git", "x")
+	f.write("ci/hooks/pre-commit", "x")
+	f.write(".git/config", "[core]\n\tfsmonitor = "+f.payload+"\n")
+	g, err := Resume(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.KeepIn(func() (string, error) { return f.aside, nil })
+	found, err := g.Sweep()
+	var paths []string
+	for _, n := range found {
+		paths = append(paths, n.Path)
+	}
+	slices.Sort(paths)
+	if want := []string{".git/commondir", ".git/config", "ci/hooks", "sub/.git"}; err != nil || !slices.Equal(paths, want) {
+		t.Errorf("%q, %v", paths, err)
+	}
+	if f.try(f.ws, "status") {
+		t.Error("git ran the guest's program")
+	}
+	if text, err := os.ReadFile(filepath.Join(f.aside, "findings.txt")); err != nil || strings.Count(string(text), "\n") != 4 {
+		t.Errorf("%s (%v)", text, err)
+	}
+	if g, err := Resume(file); g != nil || err != nil {
+		t.Errorf("a sweep that is done is not done again: %v, %v", g, err)
+	}
 }
 
 func TestParseConfig(t *testing.T) {

@@ -11,6 +11,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -40,7 +41,10 @@ type pin struct {
 	ours     bool // what stands there is what we put back, and covered
 }
 
-const maxPinned = 1 << 20
+const (
+	maxPinned = 1 << 20 // bytes of a text
+	maxPins   = 10_000
+)
 
 // addPin remembers a covered file by its path in the workspace.
 func (g *Guard) addPin(rel string, b engine.Bind, restore bool) {
@@ -142,21 +146,56 @@ func (s *scan) changed() {
 	}
 }
 
-// covered covers a path and reports that it was needed.
-func (s *scan) covered(rel string, b engine.Bind, why string) {
-	switch {
-	case s.final:
-		return // no guest left to cover it from
-	case s.cover == nil:
-		why += ", and the guest can reach it"
-	default:
-		if err := s.cover(b); err != nil {
-			why += fmt.Sprintf(", and the guest can reach it: covering it failed: %s", err)
-		} else {
-			why += "; it is covered again"
-		}
+// job is one path to cover in the running guest.
+type job struct {
+	rel, why string
+	bind     engine.Bind
+}
+
+const maxJobs = 64
+
+// covering starts what covers paths, beside the watch: a call into the guest
+// takes tens of milliseconds, and a guest that asks for many of them must not
+// hold up the rest. The report it gives may be called from both.
+func (g *Guard) covering(report func(Finding)) (safe func(Finding), stop func()) {
+	var one sync.Mutex
+	safe = func(f Finding) {
+		one.Lock()
+		defer one.Unlock()
+		report(f)
 	}
-	s.findings(Finding{Path: rel, What: why})
+	if g.cover == nil {
+		return safe, func() {}
+	}
+	jobs, done := make(chan job, maxJobs), make(chan struct{})
+	g.jobs = jobs
+	go func() {
+		defer close(done)
+		for j := range jobs {
+			what := j.why + "; it is covered again"
+			if err := g.cover(j.bind); err != nil {
+				what = fmt.Sprintf("%s, and the guest can reach it: covering it failed: %s", j.why, err)
+			}
+			safe(Finding{Path: j.rel, What: what})
+		}
+	}()
+	return safe, func() {
+		g.jobs = nil
+		close(jobs)
+		<-done
+	}
+}
+
+// covered has a path covered and reported.
+func (s *scan) covered(rel string, b engine.Bind, why string) {
+	if s.final {
+		return // no guest left to cover it from
+	}
+	select {
+	case s.jobs <- job{rel, why, b}: // nil: there is nothing that covers
+	default:
+		s.findings(Finding{Path: rel, What: why + ", and the guest can reach it"})
+	}
 }
 
 // appears covers something new whose name is one to hide.
@@ -167,13 +206,10 @@ func (s *scan) appears(rel string, mode fs.FileMode) {
 	} else if !mode.IsRegular() {
 		return
 	}
-	why := "its name is one to hide, and it appeared while the bottle runs"
-	if s.cover != nil && s.cover(b) == nil {
+	if len(s.pins) < maxPins {
 		s.addPin(rel, b, false)
-		s.findings(Finding{Path: rel, What: why + "; it is hidden from now on"})
-		return
 	}
-	s.findings(Finding{Path: rel, What: why + ": the guest can read it"})
+	s.covered(rel, b, "its name is one to hide, and it appeared while the bottle runs")
 }
 
 func readAt(fd int, name string, st *unix.Stat_t) ([]byte, bool) {

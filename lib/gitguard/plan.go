@@ -87,6 +87,8 @@ type Guard struct {
 
 	pins  map[string]*pin // covered files, by path in the workspace
 	cover func(engine.Bind) error
+	jobs  chan<- job
+	file  string // of Persist
 
 	mu    sync.Mutex
 	aside asideFolder
@@ -126,7 +128,7 @@ func (f Finding) String() string {
 // .git or a pinned name is a symbolic link, which no mount can hold), 74, and 78
 // workspace_too_big, too_many_repositories, too_many_hidden.
 func Plan(o Options) (*Guard, error) {
-	g := &Guard{opts: o, hide: newNames(o.Hide), known: map[id]bool{}, repos: map[id]*gitDir{}, outer: map[string]bool{}, pins: map[string]*pin{}}
+	g := newGuard(o)
 	p := planner{Guard: g, covered: map[string]bool{}}
 	if err := p.walk(); err != nil {
 		return nil, err
@@ -165,6 +167,10 @@ func Plan(o Options) (*Guard, error) {
 		}
 	}
 	return g, nil
+}
+
+func newGuard(o Options) *Guard {
+	return &Guard{opts: o, hide: newNames(o.Hide), known: map[id]bool{}, repos: map[id]*gitDir{}, outer: map[string]bool{}, pins: map[string]*pin{}}
 }
 
 // Manifest gives the read-only mount for a file that lies in the workspace and

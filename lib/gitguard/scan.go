@@ -262,7 +262,15 @@ func (g *Guard) Sweep() ([]Finding, error) {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return all, g.aside.disarm()
+	if err := g.aside.disarm(); err != nil {
+		return all, err
+	}
+	if g.file != "" {
+		if err := os.Remove(g.file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return all, fault.New(fault.IO, "remove_failed", "%w", err)
+		}
+	}
+	return all, nil
 }
 
 func (g *Guard) look(final bool, watch func(place), report func(Finding)) error {
@@ -291,5 +299,7 @@ func (s *scan) take(pl place, name, what string) {
 	if err != nil {
 		what += "; it could not be set aside: " + err.Error()
 	}
-	s.findings(Finding{Path: path.Join(pl.rel, name), What: what, MovedTo: moved})
+	f := Finding{Path: path.Join(pl.rel, name), What: what, MovedTo: moved}
+	s.aside.note(f)
+	s.findings(f)
 }

@@ -41,6 +41,8 @@ func (g *Guard) Watch(ctx context.Context, report func(Finding)) error {
 		return fault.New(fault.Host, "no_inotify", "watching the workspace: %w", err).
 			WithHint("raise fs.inotify.max_user_instances")
 	}
+	report, done := g.covering(report)
+	defer done()
 	w := &watcher{Guard: g, events: os.NewFile(uintptr(fd), "inotify"), fd: fd, folders: map[int32]string{}, report: report}
 	defer w.events.Close()
 	stop := context.AfterFunc(ctx, func() { w.events.Close() })

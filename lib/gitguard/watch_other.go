@@ -16,6 +16,8 @@ func (g *Guard) Watch(ctx context.Context, report func(Finding)) error {
 		<-ctx.Done()
 		return nil
 	}
+	report, stop := g.covering(report)
+	defer stop()
 	for {
 		if err := g.look(false, nil, report); err != nil {
 			return err

@@ -19,6 +19,7 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/gitguard"
 	"github.com/bottle-tools/bottle/lib/orphan"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/state"
@@ -449,6 +450,39 @@ func TestTwoAtOnce(t *testing.T) {
 		}
 	}
 	h.gone(b, rec)
+}
+
+// A keeper that was killed could not sweep the workspace any more.
+func TestSweepsForADeadKeeper(t *testing.T) {
+	for _, booted := range []bool{false, true} {
+		h := newHost(t)
+		ws := t.TempDir()
+		g, err := gitguard.Plan(gitguard.Options{Workspace: ws, Mode: "rw"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dead := h.dead()
+		if booted {
+			dead.BootID = "before"
+		}
+		b, rec := h.bottle(func(r *state.Record) { r.Keeper, r.Workspace = &dead, ws })
+		if err := g.Persist(b.Path(gitguard.StateFile)); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(ws, ".git"), []byte("gitdir: evil"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := Remove(context.Background(), h.root, b, rec, nil); err != nil {
+			t.Fatal(err)
+		}
+		h.gone(b, rec)
+		if _, err := os.Lstat(filepath.Join(ws, ".git")); (err == nil) != booted {
+			t.Errorf("after a reboot %v: %v", booted, err)
+		}
+		if _, err := os.Lstat(filepath.Join(h.root.Dir, "aside", b.ID, "001-.git")); (err == nil) == booted {
+			t.Errorf("after a reboot %v: set aside: %v", booted, err)
+		}
+	}
 }
 
 // Removal goes neither through a symlink nor through a mount.

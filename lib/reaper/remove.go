@@ -21,6 +21,7 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/gitguard"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/state"
 )
@@ -71,11 +72,25 @@ func Remove(ctx context.Context, root *state.Root, b *state.Bottle, rec *state.R
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
+	if err := sweep(root, b, rec); err != nil {
+		return err
+	}
 	// The record goes last: it is what the next try starts from.
 	if err := removeRunDir(root, b, rec); err != nil {
 		return err
 	}
-	return b.Remove(rec)
+	return removeFolder(b, rec)
+}
+
+// removeFolder tries again when another down has just made a new lock file in
+// the folder: that one removes it too.
+func removeFolder(b *state.Bottle, rec *state.Record) (err error) {
+	for range 100 {
+		if err = b.Remove(rec); !errors.Is(err, syscall.ENOTEMPTY) {
+			break
+		}
+	}
+	return err
 }
 
 // endKeeper ends the keeper and sees that nobody is just making the bottle.
@@ -167,6 +182,28 @@ func engineDelete(ctx context.Context, b *state.Bottle, rec *state.Record, engin
 	ref := engine.Ref{ID: b.ID, Dir: b.Dir, RunDir: rec.RunDir, Bottle: policy(b)}
 	if err := e.Delete(ctx, ref); err != nil {
 		return fmt.Errorf("bottle %s: engine %s: %w", b.ID, rec.Engine, err)
+	}
+	return nil
+}
+
+// sweep is the last look at the workspace, which a keeper that was killed could
+// not take any more. After a reboot nothing can be told from its identity.
+func sweep(root *state.Root, b *state.Bottle, rec *state.Record) error {
+	self, err := state.Identify(os.Getpid())
+	if err != nil || rec == nil || rec.Keeper == nil || rec.Keeper.BootID != self.BootID {
+		return nil
+	}
+	g, err := gitguard.Resume(b.Path(gitguard.StateFile))
+	if err != nil || g == nil {
+		return err
+	}
+	g.KeepIn(func() (string, error) { return root.Aside(b.ID) })
+	// What it finds is noted beside what it set aside.
+	if _, err := g.Sweep(); err != nil {
+		if _, gone := os.Lstat(rec.Workspace); errors.Is(gone, fs.ErrNotExist) {
+			return nil
+		}
+		return err
 	}
 	return nil
 }
