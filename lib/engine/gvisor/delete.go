@@ -177,23 +177,18 @@ func removeTree(dir string) error {
 	return parent.RemoveAll(filepath.Base(dir))
 }
 
-// Usage is what a guest uses.
-type Usage struct {
-	MemoryBytes int64
-	Pids        int
-}
-
-// Usage asks the guest's kernel what it uses, for limits that are watched.
-func (e *Engine) Usage(ctx context.Context, r engine.Ref) (Usage, error) {
+// Usage asks the guest's kernel what it uses. Pids counts threads, the helper's
+// too.
+func (e *Engine) Usage(ctx context.Context, r engine.Ref) (engine.Usage, error) {
 	rs, err := e.runsc(r.RunDir)
 	if err != nil {
-		return Usage{}, err
+		return engine.Usage{}, err
 	}
 	st, err := rs.Stats(ctx, r.ID)
 	if err != nil {
-		return Usage{}, asFault(err)
+		return engine.Usage{}, asFault(err)
 	}
-	return Usage{MemoryBytes: st.MemoryBytes, Pids: st.Pids}, nil
+	return engine.Usage{MemoryBytes: st.MemoryBytes, Pids: st.Pids}, nil
 }
 
 // checkLimit is how long a throw-away guest may take; a good host takes 0.2 s.

@@ -65,7 +65,10 @@ type Engine struct {
 	find   func() (string, error)
 }
 
-var _ engine.Engine = (*Engine)(nil)
+var (
+	_ engine.Engine = (*Engine)(nil)
+	_ engine.Meter  = (*Engine)(nil)
+)
 
 // New makes the engine; exe is the running program, beside which bottle-runsc
 // is looked for (may be "").
