@@ -585,3 +585,34 @@ func field(status, name string) []string {
 	}
 	return nil
 }
+
+// Flags that the workspace is mounted with cannot be taken away in a user
+// namespace; runsc has to be told to keep them.
+func TestBottleWorkspaceNoexec(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to mount something noexec")
+	}
+	for _, ro := range []bool{false, true} {
+		s := newSpec(t, fmt.Sprintf("noexec-0000000%d", len(fmt.Sprint(ro))))
+		s.ReadOnly = ro
+		if err := unix.Mount("test", s.Workspace, "tmpfs", unix.MS_NOEXEC|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOATIME, ""); err != nil {
+			t.Skipf("NOT TESTED, root may not mount here: %v", err)
+		}
+		workspace := s.Workspace
+		t.Cleanup(func() { unix.Unmount(workspace, unix.MNT_DETACH) })
+		if err := os.Chown(s.Workspace, plainUser, plainUser); err != nil {
+			t.Fatal(err)
+		}
+		b := start(t, s, nil)
+		out := b.sh(t, "touch /workspace/f 2>/dev/null && echo writable; echo done")
+		if want := map[bool]string{false: "writable\ndone\n", true: "done\n"}[ro]; out != want {
+			t.Errorf("read-only %v: got %q", ro, out)
+		}
+		if err := b.Delete(context.Background(), b.ref); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Unmount(workspace, 0); err != nil {
+			t.Errorf("the workspace's mount is still in use: %v", err)
+		}
+	}
+}
