@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -152,4 +153,36 @@ assert n == 256 << 20, n`)
 			b.Fatal(msg)
 		}
 	}
+}
+
+// BenchmarkTwenty starts twenty at once, ours and raw runsc's in turns: median
+// seconds until all are up (ours: until each helper has said so).
+func BenchmarkTwenty(b *testing.B) {
+	testEngine(b)
+	const n, rounds = 20, 3
+	r := newRaw(b)
+	var ours, plain []time.Duration
+	for round := range rounds {
+		plain = append(plain, timed(func() {
+			together(n, func(i int) { r.do(b, "run", "--detach", "--bundle", r.bundle, fmt.Sprintf("raw%02d%02d", round, i)) })
+		}))
+		together(n, func(i int) { r.do(b, "delete", "--force", fmt.Sprintf("raw%02d%02d", round, i)) })
+		specs, bottles := make([]*engine.Spec, n), make([]*bottle, n)
+		for i := range n {
+			specs[i] = newSpec(b, fmt.Sprintf("twenty-%02d%06d", round, i))
+		}
+		ours = append(ours, timed(func() { together(n, func(i int) { bottles[i] = start(b, specs[i], nil) }) }))
+		together(n, func(i int) { bottles[i].Delete(context.Background(), bottles[i].ref) })
+	}
+	b.ReportMetric(median(ours)/1000, "s")
+	b.ReportMetric(median(ours)/median(plain), "x/raw")
+	b.ReportMetric(0, "ns/op")
+}
+
+func together(n int, fn func(i int)) {
+	var wg sync.WaitGroup
+	for i := range n {
+		wg.Go(func() { fn(i) })
+	}
+	wg.Wait()
 }
