@@ -152,3 +152,11 @@ type Usage struct {
 type Meter interface {
 	Usage(ctx context.Context, r Ref) (Usage, error)
 }
+
+// Coverer is an engine that can mount over a path of a running guest: a file
+// that the host replaces by a rename loses what was mounted over it.
+type Coverer interface {
+	// Cover mounts b.Source read-only over b.Target; where b.Source is the
+	// workspace's own file at that path, it mounts the target over itself.
+	Cover(ctx context.Context, r Ref, b Bind) error
+}

@@ -2,9 +2,11 @@ package keeper
 
 import (
 	"context"
+	"errors"
 	"os"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -36,10 +38,10 @@ func newGuard(k *keeper) (*guard, error) {
 	}
 	// What is mounted over hidden things: readable for whoever the guest is
 	// mapped to, writable for nobody.
-	err := os.WriteFile(o.EmptyFile, nil, 0o444)
-	if err == nil {
-		err = os.Mkdir(o.EmptyDir, 0o555)
-	}
+	// Modes are set and not only asked for: a umask must not lock that user out.
+	err := errors.Join(
+		os.WriteFile(o.EmptyFile, nil, 0o444), os.Chmod(o.EmptyFile, 0o444),
+		os.Mkdir(o.EmptyDir, 0o555), os.Chmod(o.EmptyDir, 0o555))
 	if err != nil {
 		return nil, fault.New(fault.CantCreate, "cannot_create", "%w", err)
 	}
@@ -48,6 +50,18 @@ func newGuard(k *keeper) (*guard, error) {
 		return nil, err
 	}
 	g.KeepIn(func() (string, error) { return k.root.Aside(k.cfg.ID) })
+	// For whoever clears up behind a keeper that was killed.
+	if err := g.Persist(k.bottle.Path(gitguard.StateFile)); err != nil {
+		return nil, err
+	}
+	if c, ok := k.eng.(engine.Coverer); ok {
+		ref := engine.Ref{ID: k.cfg.ID, Dir: k.bottle.Dir, RunDir: k.rec.RunDir, Bottle: k.plan}
+		g.OnLost(func(b engine.Bind) error {
+			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+			defer cancel()
+			return c.Cover(ctx, ref, b)
+		})
+	}
 	return &guard{g: g, binds: g.Binds}, nil
 }
 
