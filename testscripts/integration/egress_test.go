@@ -23,7 +23,6 @@ import (
 
 	"github.com/tidwall/gjson"
 
-	"github.com/bottle-tools/bottle/lib/pipelock/pipelocktest"
 	"github.com/bottle-tools/bottle/testscripts/harness"
 )
 
@@ -305,50 +304,4 @@ func gatePid(t *testing.T, w *harness.World) int {
 	}
 	pid, _ := strconv.Atoi(found[0])
 	return pid
-}
-
-// TestPipelock is the whole chain with pipelock behind the gate.
-func TestPipelock(t *testing.T) {
-	exe := pipelocktest.Path(t)
-	harness.EachUser(t, func(t *testing.T, w *harness.World) {
-		u := egressWorld(t, w, "pipelock")
-		w.Env = append(w.Env, "BOTTLE_PIPELOCK="+exe)
-		up := w.Sh("bottle-plan | bottle-egress | bottle-pack | bottle-vm up -o doc.json")
-		if up.Code != 0 {
-			t.Fatalf("up: %+v", up)
-		}
-		doc := w.Read("doc.json")
-		id := gjson.Get(doc, "vm.id").Str
-		if got := gjson.Get(doc, "vm.proxy.name").Str; got != "pipelock" {
-			t.Errorf("proxy %q", got)
-		}
-		has(t, "status", w.OK("bottle-vm status "+id), `"proxy":"up"`)
-		if code, status, body := get(w, id, "allowed.test", u.port, "/x", "--cacert", "/workspace/upstream.crt"); code != 0 || status != "200 200" {
-			t.Errorf("allowed: %d %s %s\naudit: %s", code, status, body, w.OK("bottle-vm logs --audit "+id))
-		}
-		checkDenied(t, w, id, u)
-		checkSecrets(t, w, id, u)
-		var pid int
-		for _, p := range w.Processes() {
-			n, cmd, _ := strings.Cut(p, " ")
-			if contains(cmd, "pipelock run") {
-				pid, _ = strconv.Atoi(n)
-			}
-		}
-		if pid == 0 {
-			t.Fatalf("no pipelock among\n%s", strings.Join(w.Processes(), "\n"))
-		}
-		killed := time.Now()
-		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
-		harness.Eventually(t, 15*time.Second, func() string {
-			code, status, body := get(w, id, "allowed.test", u.port, "/again", "--cacert", "/workspace/upstream.crt")
-			if code == 0 && contains(body, "served allowed.test/again") {
-				return ""
-			}
-			return fmt.Sprintf("no way out: %d %s %s", code, status, body)
-		})
-		t.Logf("back %s after pipelock was killed", time.Since(killed).Round(time.Millisecond))
-	})
 }

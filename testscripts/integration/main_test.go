@@ -4,6 +4,9 @@
 package integration
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
+	"syscall"
 	"testing"
 
 	"github.com/bottle-tools/bottle/testscripts/harness"
@@ -21,4 +24,19 @@ func has(t *testing.T, what, text string, wants ...string) {
 			t.Errorf("%s: no %q in:\n%s", what, want, text)
 		}
 	}
+}
+
+func sha(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
+}
+
+func ownerOf(t *testing.T, path string) int {
+	t.Helper()
+	var st syscall.Stat_t
+	if err := syscall.Lstat(path, &st); err != nil {
+		t.Error(err)
+		return -1
+	}
+	return int(st.Uid)
 }
