@@ -19,6 +19,7 @@ type Dialer struct {
 	next    uint64
 	waiting map[uint64]chan answer
 	dead    error
+	gone    chan struct{}
 }
 
 type answer struct {
@@ -32,10 +33,14 @@ func NewDialer(f *os.File) (*Dialer, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Dialer{conn: conn, waiting: map[uint64]chan answer{}}
+	d := &Dialer{conn: conn, waiting: map[uint64]chan answer{}, gone: make(chan struct{})}
 	go d.receive()
 	return d, nil
 }
+
+// Gone is closed when the host's end is: its keeper has died or has ended the
+// bottle.
+func (d *Dialer) Gone() <-chan struct{} { return d.gone }
 
 // Ready tells the host that the set-up is done.
 func (d *Dialer) Ready() error { return d.conn.Send(packet{Kind: kindReady}.encode(), nil) }
@@ -91,6 +96,7 @@ func (d *Dialer) receive() {
 		}
 		if err != nil {
 			d.fail(fmt.Errorf("the host is gone: %w", err))
+			close(d.gone)
 			return
 		}
 		a := answer{}

@@ -22,6 +22,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/guest"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/state"
+	"github.com/bottle-tools/bottle/lib/trust"
 )
 
 // Times of a keeper.
@@ -228,6 +229,11 @@ func (k *keeper) spec() (*engine.Spec, error) {
 		// A host without roots still runs bottles; nothing end-to-end will verify.
 		k.logf("no system roots: %v", err)
 	}
+	// What the gate trusts the guest has to trust too, where TLS is end to end.
+	own, err := ca.PlanRoots(k.plan.Egress.Roots, trust.Place{Base: k.cfg.Base, Home: k.cfg.UserHome}.Path)
+	if err != nil {
+		return nil, err
+	}
 	log, err := os.OpenFile(k.bottle.Path("engine.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, fault.New(fault.CantCreate, "cannot_create", "%w", err)
@@ -236,7 +242,7 @@ func (k *keeper) spec() (*engine.Spec, error) {
 		ID: k.cfg.ID, Bottle: k.plan, Dir: k.bottle.Dir, RunDir: k.rec.RunDir,
 		Workspace: k.cfg.Workspace, ReadOnly: k.plan.Workspace.Mode == "ro",
 		Rootfs: k.cfg.Rootfs, Home: k.cfg.Home, GuestHelper: k.cfg.GuestExe,
-		CABundle: slices.Concat(bundle, k.caCert), CACert: k.caCert,
+		CABundle: slices.Concat(bundle, slices.Concat(own...), k.caCert), CACert: k.caCert,
 		HostUID: k.cfg.HostUID, HostGID: k.cfg.HostGID,
 		Log: log, Record: k.record,
 	}

@@ -25,6 +25,9 @@ func Out(name string, w io.Writer, stderr io.Writer) error {
 	if clean == "/" {
 		base = "."
 	}
+	if _, err := os.Lstat(clean); err != nil {
+		return err // with the name as it was given
+	}
 	root, err := os.OpenRoot(path.Dir(clean))
 	if err != nil {
 		return err

@@ -10,17 +10,21 @@ import (
 	"runtime/debug"
 
 	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/engine/smolvm/runner"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/guest/helper"
+	"github.com/bottle-tools/bottle/lib/tarfs"
 )
 
 const usage = `usage: bottle-guest [init [CONFIG]]
        bottle-guest tar-out PATH
        bottle-guest tar-in DIR
+       bottle-guest cover pin|hide PATH
 
 init is what the bottle tools start as the first process of a guest; CONFIG is
 ` + engine.GuestConfig + ` by default. tar-out writes PATH as a tar stream to
-stdout, tar-in unpacks one from stdin below DIR. Example:
+stdout, tar-in unpacks one from stdin below DIR; cover mounts over PATH,
+read-only. Example:
 
     bottle-guest tar-out /workspace/report | tar -tf -
 `
@@ -29,6 +33,10 @@ stdout, tar-in unpacks one from stdin below DIR. Example:
 func Main(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	if len(args) == 0 {
 		args = []string{"init"}
+	}
+	// What the smolvm engine has it do beside.
+	if status, ok := runner.Main(args, stdout, stderr); ok {
+		return status
 	}
 	verb, rest := args[0], args[1:]
 	switch {
@@ -45,9 +53,11 @@ func Main(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		debug.SetGCPercent(25)
 		return report(stderr, fault.Host, helper.Run(config, stderr))
 	case verb == "tar-out" && len(rest) == 1:
-		return report(stderr, fault.IO, helper.TarOut(rest[0], stdout, stderr))
+		return report(stderr, fault.IO, tarfs.Out(rest[0], stdout, stderr))
 	case verb == "tar-in" && len(rest) == 1:
-		return report(stderr, fault.IO, helper.TarIn(rest[0], stdin))
+		return report(stderr, fault.IO, tarfs.In(rest[0], stdin))
+	case verb == "cover" && len(rest) == 2 && (rest[0] == helper.CoverPin || rest[0] == helper.CoverHide):
+		return report(stderr, fault.IO, helper.Cover(rest[0], rest[1]))
 	}
 	fmt.Fprint(stderr, usage)
 	return fault.Usage

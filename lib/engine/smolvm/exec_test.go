@@ -23,9 +23,9 @@ import (
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/engine/smolvm/runner"
 	"github.com/bottle-tools/bottle/lib/fault"
-	"github.com/bottle-tools/bottle/lib/guest/helper"
 	"github.com/bottle-tools/bottle/lib/smolvm"
 	"github.com/bottle-tools/bottle/lib/smolvm/smolvmtest"
+	"github.com/bottle-tools/bottle/lib/tarfs"
 )
 
 // The test binary plays three parts: itself; the replayer (as "smolvm"); and,
@@ -100,9 +100,9 @@ func localGuest(args []string) int {
 	var err error
 	switch args[0] {
 	case "tar-out":
-		err = helper.TarOut(args[1], os.Stdout, os.Stderr)
+		err = tarfs.Out(args[1], os.Stdout, os.Stderr)
 	case "tar-in":
-		err = helper.TarIn(args[1], os.Stdin)
+		err = tarfs.In(args[1], os.Stdin)
 	}
 	if err != nil {
 		_, _ = os.Stderr.WriteString(err.Error())

@@ -20,7 +20,8 @@ import (
 	"github.com/bottle-tools/bottle/lib/guest"
 )
 
-// Run is the life of the helper; it returns only on failure. configPath is
+// Run is the life of the helper; it returns on failure, and when the keeper is
+// gone. configPath is
 // usually engine.GuestConfig. Problems that do not stop it go to stderr.
 func Run(configPath string, stderr io.Writer) error {
 	cfg, err := readConfig(configPath)
@@ -28,6 +29,7 @@ func Run(configPath string, stderr io.Writer) error {
 		return err
 	}
 	var dial dialFunc
+	var gone <-chan struct{}
 	ready, failed := func() error { return nil }, func(error) error { return nil }
 	switch cfg.Transport {
 	case guest.TransportFD:
@@ -36,7 +38,7 @@ func Run(configPath string, stderr io.Writer) error {
 		if err != nil {
 			return err
 		}
-		dial, ready, failed = fdDial(d), d.Ready, d.Failed
+		dial, ready, failed, gone = fdDial(d), d.Ready, d.Failed, d.Gone()
 	case guest.TransportUnix:
 		dial = socketDial
 	default:
@@ -48,8 +50,8 @@ func Run(configPath string, stderr io.Writer) error {
 	if err := ready(); err != nil {
 		return err
 	}
-	reap()
-	return nil
+	reap(gone)
+	return errors.New("the keeper is gone, and the guest ends with it")
 }
 
 func readConfig(path string) (*guest.Config, error) {
@@ -87,8 +89,10 @@ func start(cfg *guest.Config, dial dialFunc, stderr io.Writer) error {
 }
 
 // reap collects the orphans that the kernel hands to the first process. It
-// never returns: the guest ends when its kernel is told to.
-func reap() {
+// returns when the keeper is gone: the end of the first process is the end of
+// the guest, and an agent without a keeper would work on with nobody to guard
+// the workspace.
+func reap(gone <-chan struct{}) {
 	child := make(chan os.Signal, 1)
 	signal.Notify(child, unix.SIGCHLD)
 	// The usual ways to end a process must not end the guest by accident.
@@ -103,6 +107,10 @@ func reap() {
 				break
 			}
 		}
-		<-child
+		select {
+		case <-child:
+		case <-gone:
+			return
+		}
 	}
 }
