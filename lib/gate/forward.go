@@ -133,8 +133,9 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 			f.Host, f.Port = e.Host, e.Port
 		}
 		g.deny(f, e)
-		// A body that was announced is not worth reading.
-		f.write(w, r.ContentLength != 0)
+		// A body that was announced is not worth reading, and what follows a
+		// CONNECT is no request.
+		f.write(w, r.ContentLength != 0 || r.Method == http.MethodConnect)
 		return
 	}
 	x := &exchange{gate: g, event: &e, host: t.host, port: t.port, tr: g.direct}
@@ -303,10 +304,12 @@ func (x *exchange) RoundTrip(r *http.Request, _ *goproxy.ProxyCtx) (*http.Respon
 // check refuses answers that cannot be passed on.
 func (x *exchange) check(resp *http.Response) error {
 	var f *Refusal
-	encoding := resp.Header.Get("Content-Encoding")
+	encoding := strings.Join(resp.Header.Values("Content-Encoding"), ",")
 	switch {
 	case resp.StatusCode == http.StatusSwitchingProtocols:
 		f = refused("upgrade_refused", x.host, x.port, "the host changed the protocol unasked", "")
+	case resp.StatusCode < 200: // 0 to 99, which net/http reads and does not write
+		f = failed("upstream_failed", x.host, x.port, "the host answered with a status that does not exist")
 	case x.injector != nil && encoding != "" && !strings.EqualFold(encoding, "identity"):
 		f = refused("response_encoded", x.host, x.port,
 			"the host compresses although it was asked not to, so that a reflected secret could not be found", "ask for another resource")
@@ -363,6 +366,9 @@ func (x *exchange) refuse(r *http.Request, err error) *http.Response {
 			`add the authority's PEM file to egress.roots in the manifest if it is yours`)
 	case r.Context().Err() != nil:
 		f = failed("client_gone", x.host, x.port, "the client went away")
+	case x.injector != nil && f.Code == "upstream_failed" && !errors.As(err, new(*net.OpError)):
+		// A parser quotes what it could not read.
+		f.Reason = "the host's answer is no valid HTTP, or ends early; it is not quoted, since it could hold the secret"
 	}
 	x.event.Status, x.event.Code, x.event.Reason = f.Status, f.Code, f.Reason
 	if f.Status < 500 {

@@ -22,7 +22,7 @@ const minSecret = 4
 // injector puts secrets into requests to one host.
 type injector struct {
 	secrets []*secret
-	remove  map[string]bool // lower-case names whose client copies go
+	remove  map[string]bool // spellings whose client copies go
 	mask    *masker
 }
 
@@ -86,7 +86,7 @@ func (in *injector) prepare() {
 	for _, s := range in.secrets {
 		values = append(values, s.value)
 		for _, h := range s.headers {
-			name := strings.ToLower(h.Header)
+			name := spelling(h.Header)
 			in.remove[name] = true
 			if slices.Contains(credentials, name) {
 				for _, c := range credentials {
@@ -128,8 +128,7 @@ func (in *injector) apply(h http.Header) []string {
 		}
 	}
 	for name := range h {
-		// Servers behind CGI conventions take _ and - for the same.
-		if in.remove[strings.ReplaceAll(strings.ToLower(name), "_", "-")] {
+		if in.remove[spelling(name)] {
 			delete(h, name)
 		}
 	}
@@ -143,6 +142,18 @@ func (in *injector) apply(h http.Header) []string {
 		names = append(names, s.name)
 	}
 	return names
+}
+
+// spelling is what several names of a header have in common. Servers behind CGI
+// conventions take _ and - for the same, some of them whatever is no letter or
+// digit (lighttpd; Apache before 2.4).
+func spelling(name string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '-'
+	}, strings.ToLower(name))
 }
 
 // headerValue tells if s can be a header's value as it stands.

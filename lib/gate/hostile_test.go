@@ -1,0 +1,131 @@
+package gate
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/bottle-tools/bottle/lib/plan"
+)
+
+// rawOrigin is a TLS server that answers every request with what answer makes
+// of the value of its x-api-key header, byte for byte.
+func rawOrigin(t *testing.T, host string, answer func(key string) string) (port int) {
+	t.Helper()
+	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{world().leaf(host)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				r, err := http.ReadRequest(bufio.NewReader(c))
+				if err == nil {
+					io.WriteString(c, answer(r.Header.Get("X-Api-Key")))
+				}
+			}()
+		}
+	}()
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+// An answer that is no HTTP, and quotes the secret where a parser's error would
+// repeat it, gives it away neither to the guest nor to the log.
+func TestBrokenAnswersHoldNoSecret(t *testing.T) {
+	for name, answer := range map[string]func(key string) string{
+		"no HTTP":     func(k string) string { return k + "\r\n\r\n" },
+		"status line": func(k string) string { return "HTTP/1.1 " + k + " OK\r\n\r\n" },
+		"version":     func(k string) string { return k + " 200 OK\r\n\r\n" },
+		"no colon":    func(k string) string { return "HTTP/1.1 200 OK\r\nx-api-key " + k + "\r\n\r\n" },
+		"length":      func(k string) string { return "HTTP/1.1 200 OK\r\nContent-Length: " + k + "\r\n\r\n" },
+		"coding":      func(k string) string { return "HTTP/1.1 200 OK\r\nTransfer-Encoding: " + k + "\r\n\r\n" },
+		"trailer": func(k string) string {
+			return "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: " + k[:7] + "\r\n\r\n0\r\n\r\n"
+		},
+		"reason phrase": func(k string) string { return "HTTP/1.1 200 " + k + "\r\nContent-Length: 0\r\n\r\n" },
+		"early hints": func(k string) string {
+			return "HTTP/1.1 103 " + k + "\r\nLink: " + k + "\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+		},
+		"odd status": func(k string) string { return "HTTP/1.1 099 OK\r\nX-A: " + k + "\r\nContent-Length: 0\r\n\r\n" },
+		"status 0":   func(k string) string { return "HTTP/1.1 000 OK\r\nX-A: " + k + "\r\nContent-Length: 0\r\n\r\n" },
+		"chunk":      func(k string) string { return "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + k + "\r\n" },
+		"unasked upgrade": func(k string) string {
+			return "HTTP/1.1 101 " + k + "\r\nUpgrade: " + k + "\r\nConnection: upgrade\r\n\r\n" + k
+		},
+		"encoding twice": func(k string) string {
+			return "HTTP/1.1 200 OK\r\nContent-Encoding: identity\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n\x1f\x8b"
+		},
+		"folded": func(k string) string { return "HTTP/1.1 200 OK\r\nX-A: a\r\n " + k + "\r\nContent-Length: 0\r\n\r\n" },
+		"cookie": func(k string) string {
+			return "HTTP/1.1 200 OK\r\nSet-Cookie: k=" + k + "\r\nContent-Length: 0\r\n\r\n"
+		},
+		"bare CR": func(k string) string { return "HTTP/1.1 200 OK\r\nX-A: a\rX-B: " + k + "\r\nContent-Length: 0\r\n\r\n" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var remarks bytes.Buffer
+			port := rawOrigin(t, "api.test", answer)
+			g := start(t, []plan.Rule{pin(allowHost("api.test", "tls", port), "127.0.0.1")}, keySecret("api.test", "x-api-key"), func(c *Config) { c.Log = &remarks })
+			resp, err := g.client().Get("https://" + hostPort("api.test", port) + "/")
+			var got string
+			if err != nil {
+				got = err.Error()
+			} else {
+				b, berr := io.ReadAll(resp.Body)
+				got = fmt.Sprint(resp.Status, resp.Header, resp.Trailer, string(b), berr)
+				resp.Body.Close()
+			}
+			t.Logf("%.300s", got)
+			if strings.Contains(strings.ToLower(got), strings.ToLower(secretValue[:12])) {
+				t.Errorf("the guest got %s", got)
+			}
+			for _, e := range g.events() {
+				if s := fmt.Sprintf("%+v", e); strings.Contains(s, secretValue[:12]) {
+					t.Errorf("in the log: %s", s)
+				}
+			}
+			if strings.Contains(remarks.String(), secretValue[:12]) || strings.Contains(remarks.String(), "panic") {
+				t.Errorf("remarks: %.300s", remarks.String())
+			}
+		})
+	}
+}
+
+// Servers that follow CGI conventions take several spellings for one header.
+func TestSpellingsOfAnInjectedHeader(t *testing.T) {
+	m, err := injectors([]plan.Secret{{Name: "KEY", Inject: []plan.Injection{{Host: "a.test", Header: "X_Own-Key"}}}}, map[string]string{"KEY": "real-value"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := http.Header{"X-Own-Key": {"a"}, "X_own_key": {"b"}, "X.own.key": {"c"}, "x-own_key": {"d"}, "X!own^key": {"e"}}
+	m["a.test"].apply(h)
+	if fmt.Sprint(h) != "map[X_own-Key:[real-value]]" {
+		t.Errorf("%v", h)
+	}
+}
+
+// A CONNECT inside a tunnel is answered, and what follows it is no request.
+func TestConnectInsideTunnel(t *testing.T) {
+	o := startOrigin(t, false, echo)
+	at := hostPort("ok.test", o.port)
+	g := start(t, []plan.Rule{pin(allowHost("ok.test", "http", o.port), "127.0.0.1")}, nil, nil)
+	_, _, c := g.connect(at)
+	// Bare LF: framing would refuse it.
+	io.WriteString(c, "CONNECT "+at+" HTTP/1.1\r\nHost: "+at+"\r\n\r\nGET /smuggled HTTP/1.1\nHost: "+at+"\n\n")
+	closeWrite(c)
+	b, _ := io.ReadAll(c)
+	if !bytes.Contains(b, []byte("method_refused")) || len(o.log()) > 0 {
+		t.Errorf("%s\n%v", b, o.log())
+	}
+}
