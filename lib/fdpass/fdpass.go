@@ -135,13 +135,15 @@ func (c *Conn) recv(keep bool) ([]byte, *os.File, error) {
 	}
 	// The net package asks for MSG_CMSG_CLOEXEC itself.
 	n, oobn, flags, _, err := c.uc.ReadMsgUnix(c.buf[:], c.oob)
+	// Before the error: an empty packet is reported as one, and may have brought
+	// descriptors all the same.
+	f, bad := takeRights(c.oob[:max(oobn, 0)], keep && err == nil)
 	if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) {
 		return nil, nil, io.EOF
 	}
 	if err != nil {
 		return nil, nil, err
 	}
-	f, bad := takeRights(c.oob[:oobn], keep)
 	// An empty packet is how SOCK_SEQPACKET says end of file; one sent on
 	// purpose looks the same and is not worth telling apart.
 	if n == 0 {

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -151,6 +152,32 @@ func TestHostilePackets(t *testing.T) {
 	}
 	if msg, f, err := b.Recv(); err != nil || f != nil || string(msg) != "still in step" {
 		t.Errorf("after the hostile packets: %q, %v, %v", msg, f, err)
+	}
+}
+
+// An empty packet is the end of a SOCK_SEQPACKET stream, and can carry
+// descriptors nevertheless.
+func TestEmptyPacketWithDescriptors(t *testing.T) {
+	a, b := pair(t)
+	raw, err := a.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	before := openFDs(t)
+	fd := int(raw.Fd())
+	oob := unix.UnixRights(fd, fd, fd)
+	h := unix.Msghdr{Control: &oob[0]}
+	h.SetControllen(len(oob))
+	// Not through Sendmsg, which would add a byte.
+	if _, _, errno := unix.Syscall(unix.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(&h)), 0); errno != 0 {
+		t.Fatal(errno)
+	}
+	if _, _, err := b.Recv(); !errors.Is(err, io.EOF) {
+		t.Errorf("%v", err)
+	}
+	if after := openFDs(t); after != before {
+		t.Errorf("descriptors of an empty packet stay open: %d before, %d after", before, after)
 	}
 }
 
