@@ -223,12 +223,13 @@ func matchTunnel(r *http.Request, t *tunnel) *Refusal {
 
 // decide asks the rules, for each request anew.
 func (g *Gate) decide(r *http.Request, t *tunnel, e *audit.Event) *Refusal {
-	d := g.matcher.Decide(t.host, t.port)
+	protocol := map[string]string{"http": "http", "https": "tls"}[t.scheme]
+	d := g.matcher.DecideAs(t.host, t.port, protocol)
 	describe(e, d)
 	if !d.Allow {
 		return denied(d, t.host, t.port)
 	}
-	if want := map[string]string{"http": "http", "https": "tls"}[t.scheme]; d.Rule.Protocol != want {
+	if d.Rule.Protocol != protocol {
 		return refused("wrong_protocol", t.host, t.port, "the rule for this host and port is about "+d.Rule.Protocol+", not plain HTTP",
 			map[bool]string{true: "use https", false: `say "protocol": "http" in its entry if it should be`}[d.Rule.Protocol == "tls"])
 	}

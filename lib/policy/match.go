@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -239,7 +240,11 @@ func badRule(format string, args ...any) *fault.Error {
 //
 // A host that has two readings (number forms of an address, IPv4 in IPv6, a
 // zone, brackets, letters outside ASCII) is refused as BadHost.
-func (m *Matcher) Decide(host string, port int) Decision {
+func (m *Matcher) Decide(host string, port int) Decision { return m.DecideAs(host, port, "") }
+
+// DecideAs is Decide for a client that is known to speak protocol, so that the
+// hint is about it. The answer is the same.
+func (m *Matcher) DecideAs(host string, port int, protocol string) Decision {
 	name, ip, f := parseHost(host)
 	if f == nil && !ip.IsValid() && !isASCII(name) {
 		f = badHost("%s is not ASCII", quote(host))
@@ -267,9 +272,9 @@ func (m *Matcher) Decide(host string, port int) Decision {
 		shown = ip.String()
 	}
 	if near >= 0 {
-		return m.wrongPort(near, shown, port)
+		return m.wrongPort(near, shown, port, protocol)
 	}
-	return m.unlisted(shown, ip, port)
+	return m.unlisted(shown, ip, port, protocol)
 }
 
 func (m *Matcher) denied(i int) Decision {
@@ -279,25 +284,54 @@ func (m *Matcher) denied(i int) Decision {
 		Hint:   "deny wins over allow: remove that entry from egress.deny if it is not meant"}
 }
 
-func (m *Matcher) wrongPort(i int, host string, port int) Decision {
+func (m *Matcher) wrongPort(i int, host string, port int, protocol string) Decision {
 	r := &m.rules[i]
-	return Decision{Index: i, Rule: r, Code: PortNotAllowed,
+	d := Decision{Index: i, Rule: r, Code: PortNotAllowed,
 		Reason: fmt.Sprintf("%s is allowed on %s only, not on port %d (%s)", host, ports(r.Ports), port, r.From),
-		Hint:   fmt.Sprintf("add %d to the ports of that entry in egress.allow", port)}
-}
-
-func (m *Matcher) unlisted(host string, ip netip.Addr, port int) Decision {
-	d := Decision{Index: -1, Code: NotInAllowlist, Reason: host + " is not in the allowlist"}
-	switch _, apex := m.allow.wildcard[host]; {
-	case apex && !ip.IsValid():
-		d.Reason = fmt.Sprintf("%s is not in the allowlist: *.%s covers what is below it and not the name itself", host, host)
-		d.Hint = fmt.Sprintf("add %q to egress.allow in the manifest", host)
-	case port == 443:
-		d.Hint = fmt.Sprintf("add %q to egress.allow in the manifest", host)
-	default:
-		d.Hint = fmt.Sprintf(`add { "host": %q, "ports": [%d] } to egress.allow in the manifest`, host, port)
+		Hint:   howToAllow(host, port, cmp.Or(protocol, usual[port], r.Protocol), r.Addresses)}
+	if protocol == "http" && r.Protocol == "tls" {
+		d.Hint = fmt.Sprintf("use https on %s, or %s", ports(r.Ports), d.Hint)
 	}
 	return d
+}
+
+func (m *Matcher) unlisted(host string, ip netip.Addr, port int, protocol string) Decision {
+	d := Decision{Index: -1, Code: NotInAllowlist, Reason: host + " is not in the allowlist"}
+	if _, apex := m.allow.wildcard[host]; apex && !ip.IsValid() {
+		d.Reason = fmt.Sprintf("%s is not in the allowlist: *.%s covers what is below it and not the name itself", host, host)
+	}
+	d.Hint = howToAllow(host, port, cmp.Or(protocol, usual[port], "tls"), nil)
+	return d
+}
+
+// usual are the protocols of ports that are hardly ever used for another one.
+var usual = map[int]string{22: "ssh", 80: "http", 443: "tls"}
+
+// howToAllow gives an entry that opens the host and the port as it stands. A
+// single name on port 443 with TLS is what an entry without members means.
+func howToAllow(host string, port int, protocol string, addresses []string) string {
+	e, err := Normalize(host)
+	if err != nil {
+		f := fault.As(err)
+		if e, err = NormalizeDeny(host); err == nil && e.Host == "" {
+			return "no entry can open it: " + f.Msg
+		}
+		return f.Hint
+	}
+	if port == 443 && protocol == "tls" && len(addresses) == 0 {
+		return fmt.Sprintf("add %q to egress.allow in the manifest", host)
+	}
+	entry := fmt.Sprintf(`"host": %q, "ports": [%d]`, host, port)
+	if e.Host == "" {
+		entry = fmt.Sprintf(`"cidr": %q, "ports": [%d]`, e.CIDR(), port)
+	}
+	if protocol != "tls" {
+		entry += fmt.Sprintf(`, "protocol": %q`, protocol)
+	}
+	if len(addresses) > 0 {
+		entry += fmt.Sprintf(`, "addresses": ["%s"]`, strings.Join(addresses, `", "`))
+	}
+	return "add { " + entry + " } to egress.allow in the manifest"
 }
 
 func ports(list []int) string {

@@ -1,8 +1,10 @@
 package policy
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -335,6 +337,89 @@ func BenchmarkCompile100k(b *testing.B) {
 	for b.Loop() {
 		if _, err := Compile(rules); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+// An entry that a hint gives, put into the manifest as it stands, opens what was
+// refused, for the protocol that was spoken.
+func TestHintsWorkAsTheyStand(t *testing.T) {
+	rules := []plan.Rule{
+		{Host: "known.test", Ports: []int{443}, Protocol: "tls", Verdict: "allow", Class: ClassExact, From: "x"},
+		{Host: "local.test", Ports: []int{443}, Protocol: "tls", Verdict: "allow", Class: ClassExact, From: "x", Addresses: []string{"127.0.0.1"}},
+		{Host: "*.wild.test", Ports: []int{443}, Protocol: "tls", Verdict: "allow", Class: ClassWildcard, From: "x"},
+		{CIDR: "10.0.0.0/8", Ports: []int{22}, Protocol: "ssh", Verdict: "allow", Class: ClassPrivate, From: "x"},
+	}
+	entry := regexp.MustCompile(`add ("[^"]*"|\{.*\}) to egress\.allow in the manifest$`)
+	for _, tt := range []struct {
+		host           string
+		port           int
+		spoken, wanted string
+	}{
+		{"new.test", 443, "", "tls"},
+		{"new.test", 443, "http", "http"},
+		{"new.test", 80, "http", "http"},
+		{"new.test", 80, "", "http"},
+		{"new.test", 8080, "http", "http"},
+		{"new.test", 8443, "", "tls"},
+		{"new.test", 22, "", "ssh"},
+		{"known.test", 80, "http", "http"},
+		{"known.test", 8443, "", "tls"},
+		{"known.test", 22, "", "ssh"},
+		{"local.test", 8443, "", "tls"},
+		{"local.test", 8080, "http", "http"},
+		{"x.wild.test", 80, "http", "http"},
+		{"wild.test", 443, "", "tls"},
+		{"wild.test", 80, "http", "http"},
+		{"192.0.2.1", 443, "", "tls"},
+		{"8.8.8.8", 53, "", "tls"},
+		{"10.1.2.3", 80, "http", "http"},
+		{"10.1.2.3", 2222, "", "ssh"},
+		{"::1", 8080, "http", "http"},
+		{"2001:db8::1", 22, "", "ssh"},
+	} {
+		m, err := Compile(rules)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := m.DecideAs(tt.host, tt.port, tt.spoken)
+		found := entry.FindStringSubmatch(d.Hint)
+		if d.Allow || found == nil {
+			t.Errorf("%s:%d %s: %+v", tt.host, tt.port, tt.spoken, d)
+			continue
+		}
+		r := plan.Rule{Ports: []int{443}, Protocol: "tls", Verdict: "allow", From: "hint"}
+		if text := []byte(found[1]); text[0] == '{' {
+			err = json.Unmarshal(text, &r)
+		} else {
+			err = json.Unmarshal(text, &r.Host)
+		}
+		e, nerr := Normalize(r.Host + r.CIDR)
+		if err != nil || nerr != nil {
+			t.Errorf("%s: %v %v", found[1], err, nerr)
+			continue
+		}
+		r.Host, r.CIDR, r.Class = e.Host, e.CIDR(), e.Class
+		if m, err = Compile(append(slices.Clone(rules), r)); err != nil {
+			t.Errorf("%s: %v", found[1], err)
+			continue
+		}
+		d = m.Decide(tt.host, tt.port)
+		if !d.Allow || d.Rule.Protocol != tt.wanted {
+			t.Errorf("%s:%d %s: %s gives %+v", tt.host, tt.port, tt.spoken, found[1], d)
+		}
+		for _, a := range []string{"127.0.0.1", tt.host} {
+			if ip, err := netip.ParseAddr(a); err == nil && (a == tt.host || tt.host == "local.test") {
+				if err := m.CheckAddr(d.Rule, ip, tt.port, nil); err != nil {
+					t.Errorf("%s:%d: %s does not open %s: %v", tt.host, tt.port, found[1], ip, err)
+				}
+			}
+		}
+	}
+	m, _ := Compile(rules)
+	for _, host := range []string{"169.254.169.254", "0.0.0.0", "localhost", "2002:7f00:1::", "64:ff9b::a9fe:a9fe"} {
+		if d := m.Decide(host, 80); d.Allow || d.Hint == "" || entry.MatchString(d.Hint) {
+			t.Errorf("%s cannot be opened, and the hint says: %s", host, d.Hint)
 		}
 	}
 }
