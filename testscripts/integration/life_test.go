@@ -304,6 +304,7 @@ func TestRunCtrlC(t *testing.T) {
 		w.Manifest(plain)
 		p := newTerm(t, w, 24, 80, "bottle", "run", "bash", "--", "sh", "-c", "echo begun; sleep 30; echo never")
 		p.expect("begun")
+		time.Sleep(300 * time.Millisecond) // a person's
 		p.send("\x03")
 		if code := p.wait(); code != 130 || contains(p.output(), "never") {
 			t.Errorf("exit %d, terminal %q", code, p.output())
@@ -319,7 +320,7 @@ func TestRunCtrlC(t *testing.T) {
 			w.Gone()
 		}
 		for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP} {
-			p := newTerm(t, w, 24, 80, "bottle", "run", "bash", "--", "sh", "-c", "echo begun; exec sleep 3")
+			p := newTerm(t, w, 24, 80, "bottle", "run", "bash", "--", "sh", "-c", "echo begun; exec sleep 1")
 			p.expect("begun")
 			_ = p.cmd.Process.Signal(sig)
 			if code := p.wait(); code != 128+int(sig) {
