@@ -50,5 +50,5 @@ func (r *Root) Update(name string, fn func(old []byte) ([]byte, error)) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(filepath.Join(r.Dir, name), data)
+	return writeFile(filepath.Join(r.Dir, name), data, true)
 }

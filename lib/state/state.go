@@ -1,4 +1,4 @@
-// Package state is the registry on disk: one folder a bottle, durable before
+// Package state is the registry on disk: one folder a bottle, written before
 // anything is started, so that a kill at any instant leaves something that can
 // be named and removed.
 //
@@ -149,8 +149,8 @@ func (r *Root) Bottle(id string) *Bottle {
 	return &Bottle{ID: id, Dir: filepath.Join(r.bottles(), id), Root: r}
 }
 
-// Create makes the folder of a new bottle: <name>-<8 hex>, with its record on
-// disk and synced before it returns.
+// Create makes the folder of a new bottle: <name>-<8 hex>, with its record in it
+// before it returns.
 func (r *Root) Create(name string, rec Record) (*Bottle, *Record, error) {
 	for _, dir := range []string{r.Dir, r.bottles(), r.RunDir} {
 		if err := mkdir(dir); err != nil {
@@ -194,7 +194,7 @@ func (r *Root) Create(name string, rec Record) (*Bottle, *Record, error) {
 // Path of a file in the bottle's folder.
 func (b *Bottle) Path(name string) string { return filepath.Join(b.Dir, name) }
 
-// Save writes the record atomically and durably.
+// Save writes the record atomically.
 func (b *Bottle) Save(rec *Record) error {
 	raw, err := json.Marshal(rec)
 	if err != nil {
@@ -203,19 +203,28 @@ func (b *Bottle) Save(rec *Record) error {
 	return b.WriteFile("record.json", append(raw, '\n'))
 }
 
-// WriteFile puts a file into the bottle's folder, all or nothing, synced.
+// WriteFile puts a file into the bottle's folder, all or nothing.
+//
+// It is not synced to the disk, which would take longer than all the rest of a
+// bottle's start on a busy one: a kill of any process leaves the file whole,
+// and a crash of the machine ends everything that a record could name. A record
+// torn by that is ErrNoRecord, a folder to be removed.
 func (b *Bottle) WriteFile(name string, data []byte) error {
-	return writeFile(b.Path(name), data)
+	return writeFile(b.Path(name), data, false)
 }
 
-func writeFile(path string, data []byte) error {
+// writeFile replaces a file all or nothing; with durable it is on the disk when
+// this returns.
+func writeFile(path string, data []byte, durable bool) error {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return fault.New(fault.CantCreate, "cannot_create", "%w", err)
 	}
 	_, err = f.Write(data)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
+	if durable {
+		err = errors.Join(err, f.Sync())
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
 		err = os.Rename(f.Name(), path)
 	}
 	if err != nil {
@@ -431,5 +440,5 @@ func (r *Root) WriteFile(name string, v any) error {
 	if err != nil {
 		return fault.New(fault.Bug, "bug", "encoding %s: %w", name, err)
 	}
-	return writeFile(filepath.Join(r.Dir, name), append(raw, '\n'))
+	return writeFile(filepath.Join(r.Dir, name), append(raw, '\n'), true)
 }
