@@ -44,6 +44,7 @@ type keeper struct {
 	eng    engine.Engine
 	log    *os.File
 	now    func() time.Time
+	roots  func() ([]byte, error) // the host's trusted roots, read once
 
 	caPEM, caCert []byte
 	gate          *gateKeeper
@@ -65,10 +66,14 @@ const stopped = "stopped"
 // Run is the body of bottle-keeper: it reads Config from stdin, answers on
 // reply, and returns when the bottle is removed. ctx ends with SIGTERM.
 func Run(ctx context.Context, stdin io.Reader, reply io.WriteCloser, log *os.File) error {
+	// It takes as long as all that comes before it is needed, so it begins now.
+	roots := sync.OnceValues(ca.SystemRoots)
+	go roots()
 	k, err := open(stdin, log)
 	if k == nil {
 		return err // up went away before it had anything for us
 	}
+	k.roots = roots
 	var started *engine.Started
 	if err == nil {
 		started, err = k.start(ctx)
@@ -124,6 +129,10 @@ func open(stdin io.Reader, log *os.File) (*keeper, error) {
 		return nil, fault.New(fault.Host, "no_proc", "this host does not tell process identities: %w", err)
 	}
 	k.rec.Keeper = &self
+	eng, engErr := engines.Find(k.cfg.Runtime)
+	if engErr == nil {
+		k.eng, k.rec.Engine = eng, eng.Name()
+	}
 	if err := k.bottle.Save(k.rec); err != nil {
 		return nil, err
 	}
@@ -134,8 +143,7 @@ func open(stdin io.Reader, log *os.File) (*keeper, error) {
 	if k.plan, err = k.doc.Bottle(); err != nil {
 		return k, err
 	}
-	k.eng, err = engines.Find(k.cfg.Runtime)
-	return k, err
+	return k, engErr
 }
 
 // record notes a started process before the next one is started.
@@ -165,13 +173,6 @@ func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
 		return nil, err
 	}
 	defer spec.Log.Close()
-	k.mu.Lock()
-	k.rec.Engine = k.eng.Name()
-	err = k.bottle.Save(k.rec)
-	k.mu.Unlock()
-	if err != nil {
-		return nil, err
-	}
 	if err := k.eng.Prepare(ctx, spec); err != nil {
 		return nil, err
 	}
@@ -224,7 +225,7 @@ func (k *keeper) makeCA() error {
 }
 
 func (k *keeper) spec() (*engine.Spec, error) {
-	bundle, err := ca.SystemRoots()
+	bundle, err := k.roots()
 	if err != nil {
 		// A host without roots still runs bottles; nothing end-to-end will verify.
 		k.logf("no system roots: %v", err)
@@ -401,21 +402,37 @@ func (k *keeper) halt(reason string) error {
 	return k.end()
 }
 
-// end stops, in this order, what the guest could still use and what it could
-// still do; it goes on past errors.
+// end stops what the guest could still use and what it could still do, at once,
+// and looks at the workspace when the guest is gone. It goes on past errors.
 func (k *keeper) end() error {
-	var errs []error
 	k.monitor.stop()
+	var gate, guest error
+	var wg sync.WaitGroup
 	if k.gate != nil {
-		errs = append(errs, k.gate.stop())
+		wg.Go(func() { gate = k.gate.stop() })
 	}
-	if k.eng != nil && k.rec.Engine != "" {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		errs = append(errs, k.eng.Delete(ctx, engine.Ref{ID: k.cfg.ID, Dir: k.bottle.Dir, RunDir: k.rec.RunDir, Bottle: k.plan}))
-		cancel()
+	gone := make(chan struct{})
+	wg.Go(func() {
+		// Waiting for the first to come: clearing up goes on after the guest's end.
+		select {
+		case <-k.ended:
+		case <-gone:
+		}
+		k.guard.unwatch()
+	})
+	guest = k.endGuest()
+	close(gone)
+	wg.Wait()
+	return errors.Join(gate, guest, k.proxy.stop(), k.guard.sweep(k))
+}
+
+func (k *keeper) endGuest() error {
+	if k.eng == nil || k.plan == nil {
+		return nil // nothing was started
 	}
-	errs = append(errs, k.proxy.stop(), k.guard.sweep(k))
-	return errors.Join(errs...)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	return k.eng.Delete(ctx, engine.Ref{ID: k.cfg.ID, Dir: k.bottle.Dir, RunDir: k.rec.RunDir, Bottle: k.plan})
 }
 
 // remove ends everything and takes the bottle's folders away. What cannot be
