@@ -40,7 +40,7 @@ var bodies = map[string]func(context.Context, *tool.Proc) int{
 
 // commands that a line may start with, beside the tools and the scripts in
 // testscripts/testdata/bin.
-var shells = []string{"sh", "bottle", "printf", "env", "test", "jq"}
+var shells = []string{"sh", "bottle", "printf", "env", "test", "jq", "grep", "cmp", "ln"}
 
 var update = flag.Bool("update", false, "write what the commands answer into the .ct files")
 
@@ -177,7 +177,7 @@ func shell(line string) ([]byte, error) {
 	out := normalise(stdout.String())
 	for _, l := range strings.Split(strings.TrimRight(stderr.String(), "\n"), "\n") {
 		if l != "" {
-			out += "2> " + normalise(l) + "\n"
+			out += "2> " + normalise(l)
 		}
 	}
 	var exit *exec.ExitError

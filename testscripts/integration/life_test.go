@@ -131,9 +131,7 @@ func TestStop(t *testing.T) {
 	if r := w.Exec(id, "true"); r.Code != 125 || r.Stderr == "" {
 		t.Errorf("exec after stop: %+v", r)
 	}
-	if out := w.OK("bottle-vm ls"); !contains(out, id) || contains(out, `"phase":"ready"`) {
-		t.Errorf("ls after stop: %s", out)
-	}
+	has(t, "status after stop", w.OK("bottle-vm status "+id), `"phase":"stopped"`, `"gate":"down"`)
 	if r := w.Sh("bottle-vm diff " + id); r.Code != 1 || !contains(r.Out, "+two") {
 		t.Errorf("diff after stop: %+v", r)
 	}
