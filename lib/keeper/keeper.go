@@ -60,8 +60,7 @@ type keeper struct {
 	ended chan struct{} // the guest has ended
 }
 
-// stopped: the guest is gone, its records are still there for logs and diff.
-const stopped = "stopped"
+const stopped = state.Stopped
 
 // Run is the body of bottle-keeper: it reads Config from stdin, answers on
 // reply, and returns when the bottle is removed. ctx ends with SIGTERM.
@@ -397,9 +396,11 @@ func (k *keeper) halt(reason string) error {
 		return nil
 	}
 	k.phase, k.reason = stopped, reason
+	k.rec.Phase = state.Stopped
+	err := k.bottle.Save(k.rec)
 	k.mu.Unlock()
 	k.logf("stopped: %s", reason)
-	return k.end()
+	return errors.Join(err, k.end())
 }
 
 // end stops what the guest could still use and what it could still do, at once,

@@ -105,6 +105,7 @@ func cannotCreate(err error) error {
 const (
 	Starting = "starting"
 	Ready    = "ready"
+	Stopped  = "stopped" // the guest is gone, its records are there for logs and diff
 	Stopping = "stopping"
 )
 
