@@ -173,13 +173,14 @@ func (a *asideFolder) disarm() error {
 // disarmAt makes sure that git takes nothing in a tree for a repository, even
 // when somebody stands in it to look.
 func disarmAt(fd int, name string, depth int) error {
-	sub, err := openDirAt(fd, name)
+	in, err := unlock(fd, name)
 	if err != nil {
 		return nil // no folder
 	}
+	sub := os.NewFile(uintptr(in), name)
 	defer sub.Close()
 	if depth > maxDepth {
-		return fmt.Errorf("%s is too deep", name)
+		return nil // nobody stands there, and it must not keep a bottle from ending
 	}
 	entries, err := list(int(sub.Fd()))
 	for _, e := range entries {

@@ -32,6 +32,8 @@ import (
 	"sync"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
 )
@@ -88,7 +90,9 @@ type Guard struct {
 	pins  map[string]*pin // covered files, by path in the workspace
 	cover func(engine.Bind) error
 	jobs  chan<- job
-	file  string // of Persist
+	file  string      // of Persist
+	shut  map[id]bool // folders that could not be entered
+	over  bool        // the guest has ended
 
 	mu    sync.Mutex
 	aside asideFolder
@@ -170,7 +174,8 @@ func Plan(o Options) (*Guard, error) {
 }
 
 func newGuard(o Options) *Guard {
-	return &Guard{opts: o, hide: newNames(o.Hide), known: map[id]bool{}, repos: map[id]*gitDir{}, outer: map[string]bool{}, pins: map[string]*pin{}}
+	return &Guard{opts: o, hide: newNames(o.Hide), known: map[id]bool{}, repos: map[id]*gitDir{}, outer: map[string]bool{},
+		pins: map[string]*pin{}, shut: map[id]bool{}}
 }
 
 // Manifest gives the read-only mount for a file that lies in the workspace and
@@ -215,8 +220,7 @@ func (p *planner) walk() error {
 	below := strings.TrimSuffix(root, "/") + "/"
 	return filepath.WalkDir(root, func(abs string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist) {
-			// What we may not enter, the guest may not either: it has our rights.
-			return nil
+			return p.shutOut(abs)
 		}
 		if err != nil {
 			return fault.New(fault.IO, "read_failed", "looking at the workspace: %w", err)
@@ -229,6 +233,10 @@ func (p *planner) walk() error {
 			return nil
 		}
 		rel := strings.TrimPrefix(abs, below)
+		if d.IsDir() && strings.Count(rel, "/") >= maxDepth {
+			return fault.New(fault.Host, "workspace_too_deep", "the workspace %s holds folders within folders, more than %d of them", root, maxDepth).
+				WithHint("choose another folder as workspace.path")
+		}
 		switch {
 		case strings.EqualFold(d.Name(), ".git"):
 			p.found = append(p.found, rel)
@@ -244,6 +252,17 @@ func (p *planner) walk() error {
 		}
 		return nil
 	})
+}
+
+// shutOut refuses a folder that is not to be entered, but is ours: the guest has
+// our rights, so it can change that. What belongs to others stays closed to it.
+func (p *planner) shutOut(abs string) error {
+	var st unix.Stat_t
+	if os.Geteuid() == 0 || unix.Lstat(abs, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR || !closed(&st) {
+		return nil
+	}
+	return fault.New(fault.Host, "workspace_shut", "%s cannot be looked into, and the guest could open it", abs).
+		WithHint("chmod u+rx %s", abs)
 }
 
 // isBare tells whether git takes the folder for a repository when it stands in

@@ -14,8 +14,13 @@ import (
 	"github.com/bottle-tools/bottle/lib/fault"
 )
 
-// maxDepth of folders that are looked into, in open descriptors.
-const maxDepth = 128
+// maxDepth of folders that are looked into, in open descriptors. What is deeper
+// is refused at the start and set aside when it appears: git goes down until a
+// path has 4096 bytes.
+const maxDepth = 512
+
+// maxShut bounds what is remembered of folders that could not be entered.
+const maxShut = 10_000
 
 // place is a folder of the workspace that is being looked at. All access goes
 // through the open folder and never follows a symlink: the guest may swap
@@ -32,11 +37,19 @@ func (pl place) fd() int { return int(pl.dir.Fd()) }
 
 // openRoot opens the workspace itself.
 func (g *Guard) openRoot() (place, error) {
-	f, err := os.OpenFile(g.opts.Workspace, unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(g.opts.Workspace, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil || g.isShut(fd) {
+		// Closing it to the guard must not be a way past it.
+		again, oerr := g.unshut(unix.AT_FDCWD, g.opts.Workspace, true)
+		if err == nil {
+			unix.Close(fd)
+		}
+		fd, err = again, oerr
+	}
 	if err != nil {
 		return place{}, fault.New(fault.IO, "read_failed", "opening the workspace: %w", err)
 	}
-	return g.at(f, place{}, "."), nil
+	return g.at(os.NewFile(uintptr(fd), g.opts.Workspace), place{}, "."), nil
 }
 
 // at completes the place of an opened folder below parent.
@@ -58,14 +71,59 @@ func idOfStat(st *unix.Stat_t) id { return id{uint64(st.Dev), st.Ino} }
 
 // enter opens a folder below pl, or nil where there is none any more.
 func (g *Guard) enter(pl place, name string) (place, bool) {
-	if pl.deep >= maxDepth {
-		return place{}, false
-	}
 	fd, err := unix.Openat(pl.fd(), name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	switch {
+	case err == nil && g.isShut(fd):
+		unix.Close(fd)
+		fd, err = g.unshut(pl.fd(), name, g.over)
+	case errors.Is(err, unix.EACCES):
+		fd, err = g.unshut(pl.fd(), name, g.over)
+	}
 	if err != nil {
 		return place{}, false
 	}
 	return g.at(os.NewFile(uintptr(fd), name), pl, name), true
+}
+
+// A plain user's guard has the rights of the guest and no more: in a folder
+// that is shut (chmod 0300, say) the guest can make a repository, and git on the
+// host use it, where the guard cannot look.
+
+// isShut tells whether its owner's rights don't let the guard look into a folder
+// that it could open.
+func (g *Guard) isShut(fd int) bool {
+	var st unix.Stat_t
+	return os.Geteuid() != 0 && unix.Fstat(fd, &st) == nil && closed(&st)
+}
+
+func closed(st *unix.Stat_t) bool { return int(st.Uid) == os.Geteuid() && st.Mode&0o500 != 0o500 }
+
+// unshut opens a folder of ours that is shut, if anyone can pass it, or whenever
+// must is set. One that nobody can pass is remembered: its next change of mode
+// brings it back.
+func (g *Guard) unshut(dir int, name string, must bool) (int, error) {
+	var st unix.Stat_t
+	err := unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	switch {
+	case err != nil:
+		return -1, err
+	case !closed(&st):
+		return -1, unix.EACCES // another user's, which the guest cannot change either
+	case !must && st.Mode&0o100 == 0 && len(g.shut) < maxShut:
+		g.shut[idOfStat(&st)] = true
+		return -1, unix.EACCES
+	}
+	return unlock(dir, name)
+}
+
+// loosen makes what is to be moved movable: a folder that may not be written
+// can't lose an entry, nor change its parent.
+func loosen(pl place, name string) {
+	for _, n := range []string{".", name} {
+		if fd, err := unlock(pl.fd(), n); err == nil {
+			unix.Close(fd)
+		}
+	}
 }
 
 // descend goes down a path, closing what it leaves.
@@ -142,6 +200,10 @@ func (s *scan) entry(pl place, name string, mode fs.FileMode) {
 		return
 	}
 	if !mode.IsDir() {
+		return
+	}
+	if pl.deep >= maxDepth {
+		s.take(pl, name, "it is too deep to be looked into")
 		return
 	}
 	sub, ok := s.enter(pl, name)
@@ -243,7 +305,7 @@ func limited(f *os.File) string {
 
 func runsCommands(todo string) bool {
 	for line := range strings.Lines(todo) {
-		if word, _, _ := strings.Cut(strings.TrimSpace(line), " "); word == "exec" || word == "x" {
+		if words := strings.Fields(line); len(words) > 0 && (words[0] == "exec" || words[0] == "x") {
 			return true
 		}
 	}
@@ -256,6 +318,7 @@ func (g *Guard) Sweep() ([]Finding, error) {
 	if g.opts.Mode != "rw" {
 		return nil, nil
 	}
+	g.over = true
 	var all []Finding
 	if err := g.look(true, nil, func(f Finding) { all = append(all, f) }); err != nil {
 		return all, err
@@ -292,6 +355,10 @@ func (g *Guard) look(final bool, watch func(place), report func(Finding)) error 
 func (s *scan) take(pl place, name, what string) {
 	s.mu.Lock()
 	moved, err := s.aside.take(pl.fd(), name, path.Join(pl.rel, name))
+	if errors.Is(err, unix.EACCES) {
+		loosen(pl, name)
+		moved, err = s.aside.take(pl.fd(), name, path.Join(pl.rel, name))
+	}
 	s.mu.Unlock()
 	if errors.Is(err, fs.ErrNotExist) {
 		return // gone by itself

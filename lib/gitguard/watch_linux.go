@@ -25,7 +25,7 @@ const (
 	scanShare  = 20 // a scan of all may take one part in so many of the time
 )
 
-const interest = unix.IN_CREATE | unix.IN_MOVED_TO | unix.IN_ONLYDIR | unix.IN_EXCL_UNLINK
+const interest = unix.IN_CREATE | unix.IN_MOVED_TO | unix.IN_ATTRIB | unix.IN_ONLYDIR | unix.IN_EXCL_UNLINK
 
 // Watch sets aside what appears, at once, and reports it, until ctx ends. It
 // first looks at everything, so that nothing that came before the watch is
@@ -149,7 +149,10 @@ func (w *watcher) round() error {
 // new place reports the move, and all of it is looked at then.
 func (w *watcher) event(wd int32, name string, mask uint32) {
 	rel, ok := w.folders[wd]
-	if !ok || name == "" || mask&unix.IN_ISDIR == 0 && !w.matters(rel, name) {
+	if !ok || name == "" || mask&unix.IN_ISDIR == 0 && (mask&unix.IN_ATTRIB != 0 || !w.matters(rel, name)) {
+		return
+	}
+	if mask&unix.IN_ATTRIB != 0 && len(w.shut) == 0 {
 		return
 	}
 	pl, err := w.openRoot()
@@ -163,6 +166,12 @@ func (w *watcher) event(wd int32, name string, mask uint32) {
 	var st unix.Stat_t
 	if unix.Fstatat(pl.fd(), name, &st, unix.AT_SYMLINK_NOFOLLOW) != nil {
 		return
+	}
+	if was := idOfStat(&st); mask&unix.IN_ATTRIB != 0 {
+		if !w.shut[was] {
+			return
+		}
+		delete(w.shut, was)
 	}
 	s := &scan{Guard: w.Guard, appeared: true, renamed: mask&(unix.IN_CREATE|unix.IN_MOVED_TO) != 0, watch: w.add, findings: w.report}
 	s.entry(pl, name, typeOf(&st))
@@ -205,4 +214,23 @@ func typeOf(st *unix.Stat_t) os.FileMode {
 		return os.ModeDevice
 	}
 	return 0
+}
+
+// unlock opens a folder of ours, with all rights for us whatever its mode was.
+func unlock(dir int, name string) (int, error) {
+	fd, err := unix.Openat(dir, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return -1, err
+	}
+	if int(st.Uid) == os.Geteuid() && st.Mode&0o700 != 0o700 {
+		if err := unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), uint32(st.Mode)&0o7777|0o700); err != nil {
+			return -1, err
+		}
+	}
+	return unix.Openat(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 }
