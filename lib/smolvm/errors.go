@@ -59,7 +59,11 @@ func (e *Error) Error() string {
 	return b.String()
 }
 
-func (e *Error) Unwrap() []error { return []error{e.Kind, e.fault()} }
+// Is tells the kind; the chain itself leads to the fault alone, so that the
+// error is printed once.
+func (e *Error) Is(target error) bool { return target == e.Kind }
+
+func (e *Error) Unwrap() error { return e.fault() }
 
 // faults gives each kind its exit status, its code and what to do about it.
 var faults = map[error]fault.Error{
