@@ -5,8 +5,12 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
+	"path"
 	"runtime/debug"
 
 	"github.com/bottle-tools/bottle/lib/engine"
@@ -53,6 +57,9 @@ func Main(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		debug.SetGCPercent(25)
 		return report(stderr, fault.Host, helper.Run(config, stderr))
 	case verb == "tar-out" && len(rest) == 1:
+		if _, err := os.Lstat(path.Clean(rest[0])); errors.Is(err, fs.ErrNotExist) {
+			return report(stderr, fault.NoInput, err)
+		}
 		return report(stderr, fault.IO, tarfs.Out(rest[0], stdout, stderr))
 	case verb == "tar-in" && len(rest) == 1:
 		return report(stderr, fault.IO, tarfs.In(rest[0], stdin))

@@ -27,7 +27,7 @@ func TestStatuses(t *testing.T) {
 		{[]string{"frobnicate"}, fault.Usage, "usage: bottle-guest"},
 		{[]string{"tar-out"}, fault.Usage, "usage: bottle-guest"},
 		{[]string{"tar-in", "a", "b"}, fault.Usage, "usage: bottle-guest"},
-		{[]string{"tar-out", dir + "/none"}, fault.IO, "bottle-guest: error: lstat " + dir + "/none: no such file or directory\n"},
+		{[]string{"tar-out", dir + "/none"}, fault.NoInput, "bottle-guest: error: lstat " + dir + "/none: no such file or directory\n"},
 		{[]string{"init", dir + "/none"}, fault.Host, "no such file or directory"},
 		{[]string{"init", bad}, fault.Host, `unknown transport "pigeon"`},
 	} {

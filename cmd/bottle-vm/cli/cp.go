@@ -25,9 +25,11 @@ func (v *vm) cpCommand() *tool.Command {
 		ShortUsage: "bottle-vm cp [ID:]SRC [ID:]DST",
 		ShortHelp:  "copy a file or folder into a bottle or out of it",
 		LongHelp: `
-One of the two is in a bottle. A folder as DST takes SRC by its own name;
-anything else is its new name. Links are copied as links; one that points out
-of what is copied, and a device, are refused.
+One of the two is in a bottle; a path there that is not absolute starts at
+/workspace. A folder as DST takes SRC by its own name; anything else is its new
+name, and folders above it that the bottle lacks are made. Links are copied as
+links; one that points out of what is copied is refused. Devices, sockets and
+pipes are left out.
 
   bottle-vm cp notes.md claude:/workspace/
   bottle-vm cp claude:/home/agent/.claude.json /tmp/`,
@@ -73,7 +75,7 @@ func (v *vm) cp(ctx context.Context, from, to string) error {
 	if err != nil {
 		return err
 	}
-	c := copier{eng, engine.Ref{ID: b.ID, Dir: b.Dir, RunDir: rec.RunDir, Bottle: p, Env: guestEnv(p)}}
+	c := copier{v.p.Warn, eng, engine.Ref{ID: b.ID, Dir: b.Dir, RunDir: rec.RunDir, Bottle: p, Env: guestEnv(p)}}
 	if src.id == "" {
 		return c.in(ctx, src.path, guestPath(dst.path))
 	}
@@ -94,8 +96,9 @@ func guestPath(p string) string {
 }
 
 type copier struct {
-	eng engine.Engine
-	ref engine.Ref
+	warn func(format string, args ...any)
+	eng  engine.Engine
+	ref  engine.Ref
 }
 
 func (c copier) in(ctx context.Context, src, dst string) error {
@@ -118,6 +121,11 @@ func (c copier) in(ctx context.Context, src, dst string) error {
 		err = c.eng.CopyIn(ctx, c.ref, dst, r)
 	} else {
 		err = c.eng.CopyIn(ctx, c.ref, path.Dir(dst), renameTop(r, path.Base(dst)))
+	}
+	if err == nil {
+		for line := range strings.Lines(skipped.String()) {
+			c.warn("cp: %s", line)
+		}
 	}
 	return copyError(err)
 }
@@ -162,8 +170,10 @@ func (c copier) out(ctx context.Context, src, dst string) error {
 func copyError(err error) error {
 	var f *fault.Error
 	switch {
-	case err == nil, errors.As(err, &f):
-		return err
+	case err == nil:
+		return nil
+	case errors.As(err, &f):
+		return f // without the pipe that it came through
 	case errors.Is(err, fs.ErrNotExist):
 		return fault.New(fault.NoInput, "no_file", "cp: %w", err)
 	}

@@ -416,6 +416,8 @@ func (e *Engine) copy(ctx context.Context, r engine.Ref, argv []string, in io.Re
 		return err
 	case outErr != nil:
 		return fault.New(fault.IO, "copy_failed", "copying: %w", outErr)
+	case status == fault.NoInput:
+		return fault.New(fault.NoInput, "no_file", "copying: %s", said.line(status))
 	case status != 0:
 		return fault.New(fault.IO, "copy_failed", "copying: %s", said.line(status))
 	}

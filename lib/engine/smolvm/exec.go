@@ -212,6 +212,9 @@ func (e *Engine) pipe(ctx context.Context, r engine.Ref, argv []string, in io.Re
 	if err != nil {
 		return err
 	}
+	if status == fault.NoInput {
+		return fault.New(fault.NoInput, "no_file", "copying: %s", said.String())
+	}
 	if status != 0 {
 		return fault.New(fault.IO, "guest_copy", "copying in the guest failed with status %d: %q", status, said.String()).
 			WithHint("see that the path exists in the guest and that its user may use it")
