@@ -140,8 +140,11 @@ func jsonReason(err error) string {
 func (d *Doc) section(name, from string, v any) error {
 	raw := d.Raw(name)
 	if raw == nil {
-		return fault.New(fault.Data, "no_section", "document has no %s section", name).
-			WithHint("put %s before this command in the pipe", from)
+		f := fault.New(fault.Data, "no_section", "document has no %s section", name)
+		if d.Has("bottles") {
+			return f.WithHint("this is a manifest; bottle-plan makes documents of it")
+		}
+		return f.WithHint("put %s before this command in the pipe", from)
 	}
 	return Decode(name, raw, v, sections[name].strict)
 }

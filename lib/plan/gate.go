@@ -212,7 +212,11 @@ func (g *gate) syntax(err error) error {
 	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
 		return fault.New(fault.Data, "bad_json", "document ends in the middle, at byte %d", g.size)
 	}
-	return fault.New(fault.Data, "bad_json", "not JSON at %s: %v", where, syn.Err)
+	f := fault.New(fault.Data, "bad_json", "not JSON at %s: %v", where, syn.Err)
+	if strings.Contains(syn.Err.Error(), "'/'") {
+		return f.WithHint("documents have no comments; a manifest is read by bottle-plan")
+	}
+	return f.WithHint("a document is one line of JSON, as bottle-plan prints it")
 }
 
 func (g *gate) refuse(code, format string, args ...any) error {

@@ -23,7 +23,7 @@ func NewReader(r io.Reader) *Reader { return &Reader{r: bufio.NewReaderSize(r, 6
 
 // Next gives the next document that passes the Gate, io.EOF at the end, or a
 // fault. After a fault on a document that was readable as a unit the stream
-// goes on behind it. An input with no document at all is a fault of its own.
+// goes on behind it; after bytes that do not begin like one it ends. An input with no document at all is a fault of its own.
 func (r *Reader) Next() (*Doc, error) {
 	if r.done {
 		return nil, io.EOF
@@ -40,6 +40,9 @@ func (r *Reader) Next() (*Doc, error) {
 		}
 	}
 	r.n++
+	if len(raw) > 0 && raw[0] != '{' && raw[0] != '[' {
+		r.done = true // not a stream of documents: one error is enough
+	}
 	return Parse(raw)
 }
 
