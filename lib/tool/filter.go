@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -71,15 +72,41 @@ func (o *Output) writer() (io.Writer, error) {
 	}
 	if o.tmp == nil {
 		if in, ok := o.p.Stdin.(*os.File); ok && sameFile(in, o.file) {
-			return nil, fault.New(fault.Usage, "usage", "-o %s is also the input", o.file).WithHint("write to another file")
+			return nil, o.isInput()
 		}
 		f, err := os.CreateTemp(filepath.Dir(o.file), "."+filepath.Base(o.file)+".*")
 		if err != nil {
-			return nil, fault.New(fault.CantCreate, "cannot_create", "creating %s: %w", o.file, err)
+			// The name of the temporary file would only confuse.
+			var p *fs.PathError
+			if errors.As(err, &p) {
+				err = p.Err
+			}
+			return nil, fault.New(fault.CantCreate, "cannot_create", "-o %s: %w", o.file, err).
+				WithHint("is there a folder %s that you can write?", filepath.Dir(o.file))
 		}
 		o.tmp = f
 	}
 	return o.tmp, nil
+}
+
+// NotOver refuses an -o that names the file at path, which the command reads.
+func (o *Output) NotOver(path string) error {
+	if o.file == "" {
+		return nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil // whoever reads it will tell
+	}
+	defer f.Close()
+	if sameFile(f, o.file) {
+		return o.isInput()
+	}
+	return nil
+}
+
+func (o *Output) isInput() error {
+	return fault.New(fault.Usage, "usage", "-o %s is also the input", o.file).WithHint("write to another file")
 }
 
 func sameFile(in *os.File, path string) bool {
@@ -128,7 +155,7 @@ type read struct {
 func (p *Proc) Input() (*Input, error) {
 	if IsTerminal(p.Stdin) {
 		return nil, fault.New(fault.Usage, "usage", "stdin is a terminal, and this command reads documents from a pipe").
-			WithHint("bottle-plan | %s", p.Name)
+			WithHint("bottle-plan AGENT | %s", p.command())
 	}
 	return &Input{r: plan.NewReader(p.Stdin), next: make(chan read, 1)}, nil
 }

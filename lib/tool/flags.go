@@ -133,7 +133,7 @@ func NoArgs(args []string) error {
 	if err := CheckArgs(args); err != nil {
 		return err
 	}
-	return fault.New(fault.Usage, "usage", "unexpected argument %q", args[0]).WithHint("this command takes flags only; see --help")
+	return fault.New(fault.Usage, "usage", "unexpected argument %q", args[0]).WithHint("only flags are taken here; see --help")
 }
 
 // CheckArgs refuses a flag behind an argument. Go's flag package stops at the
@@ -152,6 +152,17 @@ func CheckArgs(args []string) error {
 	return nil
 }
 
+// command is the name of the tool with the verb that is being run.
+func (p *Proc) command() string {
+	name := p.Name
+	for fs := range p.flags {
+		if fs.Parsed() && len(fs.Name()) > len(name) {
+			name = fs.Name()
+		}
+	}
+	return name
+}
+
 func (p *Proc) helpFor(c *Command, args []string) string {
 	for _, a := range args {
 		for _, sub := range c.Subcommands {
@@ -166,11 +177,11 @@ func (p *Proc) helpFor(c *Command, args []string) string {
 func (p *Proc) help(c *Command) string {
 	var b strings.Builder
 	if c.ShortHelp != "" {
-		fmt.Fprintf(&b, "%s: %s\n\n", c.Name, c.ShortHelp)
+		fmt.Fprintf(&b, "%s: %s\n\n", c.FlagSet.Name(), c.ShortHelp)
 	}
 	fmt.Fprintf(&b, "usage: %s\n", c.ShortUsage)
 	if c.LongHelp != "" {
-		fmt.Fprintf(&b, "\n%s\n", strings.TrimSpace(c.LongHelp))
+		fmt.Fprintf(&b, "\n%s\n", strings.Trim(c.LongHelp, "\n"))
 	}
 	if len(c.Subcommands) > 0 {
 		b.WriteString("\nverbs:\n")

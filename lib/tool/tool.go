@@ -39,6 +39,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"regexp"
 	"strings"
 	"syscall"
 	"time"
@@ -108,6 +109,10 @@ func (p *Proc) Run(ctx context.Context, root *Command) int {
 	p.prepare(root, root.Name)
 	if len(p.Args) == 1 && (p.Args[0] == "--version" || p.Args[0] == "-version") {
 		fmt.Fprintln(p.Stdout, p.Name, Version)
+		return fault.OK
+	}
+	if len(p.Args) > 0 && p.Args[0] == "help" { // no bottle can be called that
+		fmt.Fprintln(p.Stdout, p.helpFor(root, p.Args[1:]))
 		return fault.OK
 	}
 	err := root.Parse(p.Args)
@@ -194,5 +199,23 @@ func usage(c *Command, err error) error {
 		return fault.New(fault.Usage, "usage", "a verb is missing").WithHint("one of %s", strings.Join(verbs, ", "))
 	}
 	text := strings.TrimPrefix(err.Error(), "error parsing commandline arguments: ")
-	return fault.New(fault.Usage, "usage", "%s", text).WithHint("see %s --help", c.Name)
+	return fault.New(fault.Usage, "usage", "%s", flagText(text)).WithHint("see %s --help", parsed(c))
+}
+
+// oneDash finds how package flag writes a flag: -name, with one dash.
+var oneDash = regexp.MustCompile(`((?:: )|(?:flag ))-([a-z]{2})`)
+
+// flagText writes flags as the help does.
+func flagText(s string) string {
+	return oneDash.ReplaceAllString(strings.Replace(s, "flag provided but not defined", "no such flag", 1), "${1}--$2")
+}
+
+// parsed is the command whose flags were read last: the verb, or the tool.
+func parsed(c *Command) string {
+	for _, sub := range c.Subcommands {
+		if sub.FlagSet != nil && sub.FlagSet.Parsed() {
+			return parsed(sub)
+		}
+	}
+	return c.FlagSet.Name()
 }

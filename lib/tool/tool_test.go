@@ -95,7 +95,7 @@ func TestFlags(t *testing.T) {
 		{"bad value in the environment", map[string]string{"BOTTLE_MIN_AGE": "x"}, []string{"verb"}, 64, "BOTTLE_MIN_AGE"},
 		{"days", nil, []string{"verb", "--min-age", "2d"}, 0, `["",false,null,"48h0m0s",[]]`},
 		{"flag behind an argument", nil, []string{"verb", "a", "--apply"}, 64, "flags come first: --apply a"},
-		{"unknown flag", nil, []string{"verb", "--nope"}, 64, "not defined: -nope"},
+		{"unknown flag", nil, []string{"verb", "--nope"}, 64, "no such flag: --nope; see tool verb --help"},
 		{"leftover argument", nil, []string{"nope"}, 64, `unexpected argument "nope"`},
 		{"help", nil, []string{"verb", "--help"}, 0, "usage: tool verb"},
 		{"version", nil, []string{"--version"}, 0, "tool devel"},

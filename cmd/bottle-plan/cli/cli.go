@@ -26,7 +26,7 @@ machine; nothing is written, resolved or started.
     bottle-plan claude                    # the plan of one agent
     bottle-plan --pretty claude | less    # for people; flags come first
     bottle-plan claude | bottle-vm up     # and run it
-    bottle-plan --hash claude             # pin it: bottle-vm up --expect sha256:…
+    bottle-plan --hash claude             # the digest of the plan, for a review to pin
     bottle-plan init >bottle.json         # a manifest to start from
 
 docs/manifest.md describes every field. Exit statuses: docs/exit-codes.md.`
@@ -72,6 +72,9 @@ func (c *planCommand) run(args []string) error {
 	}
 	if c.hash && c.pretty() {
 		return fault.New(fault.Usage, "usage", "--hash and --pretty at the same time").WithHint("a digest has one form; leave --pretty out")
+	}
+	if err := c.out.NotOver(c.file); err != nil {
+		return err
 	}
 	if err := c.plans(args); err != nil {
 		return c.failed(err)
