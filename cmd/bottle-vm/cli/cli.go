@@ -48,7 +48,7 @@ func Run(ctx context.Context, p *tool.Proc) int {
 		ShortUsage: "bottle-vm VERB [flags] [arguments]",
 		ShortHelp:  "start bottles, run commands in them, remove them",
 		LongHelp: `
-  bottle-plan claude | bottle-vm up          # prints the document with its vm section
+  bottle-plan claude | bottle-vm up          # starts a bottle; prints the document with its vm section
   bottle-vm exec claude -- git status        # an id, or a name that is unique
   bottle-vm down claude
 
@@ -93,6 +93,9 @@ func (v *vm) idFromStdin(ctx context.Context) (string, error) {
 		return "", fault.New(fault.Usage, "usage", "no bottle named, and stdin is a terminal").WithHint("bottle-vm ls shows the ids")
 	}
 	d, err := in.Next(ctx)
+	if e := fault.As(err); e != nil && e.Code == "empty_input" {
+		return "", e.WithHint("name a bottle (bottle-vm ls shows them), or pipe in the document that bottle-vm up printed")
+	}
 	if err != nil {
 		return "", err
 	}

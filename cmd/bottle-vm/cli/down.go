@@ -16,6 +16,7 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/keeper"
+	"github.com/bottle-tools/bottle/lib/policy"
 	"github.com/bottle-tools/bottle/lib/state"
 	"github.com/bottle-tools/bottle/lib/tool"
 )
@@ -62,7 +63,11 @@ func (v *vm) downIDs(ctx context.Context, args []string, owner int) ([]string, e
 	case owner != 0 && len(args) > 0:
 		return nil, fault.New(fault.Usage, "usage", "--owner and ids together").WithHint("give one of them")
 	case owner != 0:
-		return v.owned(owner)
+		ids, err := v.owned(owner)
+		if e := fault.As(err); e != nil && (e.Code == "no_home" || e.Exit == fault.Usage) {
+			return nil, nil // no place for a record: up has said so, and started nothing
+		}
+		return ids, err
 	case len(args) > 0:
 		return args, nil
 	}
@@ -147,8 +152,30 @@ func (v *vm) reportDenied(id string) {
 	if err != nil {
 		return
 	}
+	how := hints(b)
 	for _, d := range denied(root.Audit(b.ID)) {
-		fmt.Fprintf(v.p.Stderr, "bottle: denied %s (%s, %d times): %s\n", d.target, d.code, d.n, d.reason)
+		d.hint = how(d)
+		fmt.Fprintln(v.p.Stderr, d)
+	}
+}
+
+// hints tells what would open a host, as the gate told the guest: the audit log
+// has the decision only.
+func hints(b *state.Bottle) func(denial) string {
+	none := func(denial) string { return "" }
+	p, err := planOf(b)
+	if err != nil {
+		return none
+	}
+	m, err := policy.Compile(p.Egress.Rules)
+	if err != nil {
+		return none
+	}
+	return func(d denial) string {
+		if now := m.Decide(d.host, d.port); now.Code == d.code {
+			return now.Hint
+		}
+		return ""
 	}
 }
 
@@ -169,8 +196,23 @@ func (v *vm) reportAside(id string) {
 }
 
 type denial struct {
-	target, code, reason string
-	n                    int
+	host               string
+	port               int
+	target             string // host and port, safe to print
+	code, reason, hint string
+	n                  int
+}
+
+func (d denial) String() string {
+	s := "bottle: denied " + d.target
+	if d.n > 1 {
+		s += fmt.Sprintf(", %d times", d.n)
+	}
+	s += " (" + d.code + "): " + d.reason
+	if d.hint != "" {
+		s += "; " + d.hint
+	}
+	return s
 }
 
 // denied sums the refusals of an audit log up by host and port.
@@ -193,7 +235,7 @@ func denied(path string) []denial {
 		}
 		key := target + " " + r[3].Str
 		if sums[key] == nil {
-			sums[key] = &denial{target: printable(target), code: r[3].Str, reason: printable(r[4].Str)}
+			sums[key] = &denial{host: r[1].Str, port: int(r[2].Int()), target: printable(target), code: r[3].Str, reason: printable(r[4].Str)}
 		}
 		sums[key].n++
 	}
@@ -214,8 +256,12 @@ func printable(s string) string {
 func (v *vm) stopCommand() *tool.Command {
 	return &tool.Command{
 		Name:       "stop",
-		ShortUsage: "bottle-vm stop ID",
+		ShortUsage: "bottle-vm stop [ID]",
 		ShortHelp:  "end the guest and its way out; logs and diff stay until down",
+		LongHelp: `
+Without an ID, stdin is the bottle's document.
+
+  bottle-vm stop claude; bottle-vm diff claude > change.patch; bottle-vm down claude`,
 		Exec: func(ctx context.Context, args []string) error {
 			id, err := oneArg(args)
 			if err != nil {

@@ -59,16 +59,16 @@ ended it; 124 on --timeout; 125 when bottle-vm itself failed.
 }
 
 func (v *vm) exec(ctx context.Context, f *execFlags, args []string) (int, error) {
+	if len(v.guest) == 0 && !f.agent {
+		return 0, noCommand(args)
+	}
 	id, err := oneArg(args)
 	if err != nil {
 		return 0, err
 	}
-	if len(v.guest) == 0 && !f.agent {
-		return 0, fault.New(fault.Usage, "usage", "no command").WithHint("it comes behind --: bottle-vm exec %s -- CMD", id)
-	}
 	for _, e := range f.env {
 		if name, _, ok := strings.Cut(e, "="); !ok || !plan.ValidEnvName(name) {
-			return 0, fault.New(fault.Usage, "usage", "-e %q is not NAME=VALUE", e)
+			return 0, fault.New(fault.Usage, "usage", "-e %q is not NAME=VALUE", e).WithHint("-e NAME=VALUE, once for each variable")
 		}
 	}
 	b, rec, p, err := v.live(ctx, id)
@@ -105,6 +105,18 @@ func (v *vm) exec(ctx context.Context, f *execFlags, args []string) (int, error)
 		return fault.ExecTimeout, nil
 	}
 	return code, err
+}
+
+// noCommand shows where -- goes: what was typed may be the whole of it but for that.
+func noCommand(args []string) error {
+	id, cmd := "ID", "CMD..."
+	if len(args) > 0 {
+		id = args[0]
+	}
+	if len(args) > 1 {
+		cmd = strings.Join(args[1:], " ")
+	}
+	return fault.New(fault.Usage, "usage", "no command behind --").WithHint("bottle-vm exec %s -- %s", id, cmd)
 }
 
 func guestEnv(p *plan.Bottle) []string {

@@ -34,6 +34,12 @@ func list(b *state.Bottle) listed {
 		return l
 	}
 	l.Phase, l.Runtime, l.Workspace = phase(rec), rec.Engine, rec.Workspace
+	if l.Phase == state.Ready {
+		// A guest can have ended since the record was written; its keeper knows.
+		if a, err := keeper.Ask(rec.RunDir, keeper.Request{Do: "status"}, time.Second); err == nil {
+			l.Phase = a.Phase
+		}
+	}
 	l.CreatedAt = rec.CreatedAt.UTC().Format(time.RFC3339)
 	return l
 }
@@ -46,7 +52,12 @@ func (v *vm) lsCommand() *tool.Command {
 		Name:       "ls",
 		ShortUsage: "bottle-vm ls [--pretty]",
 		ShortHelp:  "the bottles that are there, one JSON object a line",
-		FlagSet:    fs,
+		LongHelp: `
+id, bottle, phase (starting, ready, stopped, stopping, orphan), runtime,
+workspace, created_at. None is an empty list.
+
+  bottle-vm ls | jq -r 'select(.phase=="orphan") | .id'`,
+		FlagSet: fs,
 		Exec: func(_ context.Context, args []string) error {
 			if err := tool.NoArgs(args); err != nil {
 				return err
@@ -112,7 +123,13 @@ func (v *vm) statusCommand() *tool.Command {
 		Name:       "status",
 		ShortUsage: "bottle-vm status [ID]",
 		ShortHelp:  "one bottle: its phase, gate and proxy, and what was set aside",
-		FlagSet:    fs,
+		LongHelp: `
+One JSON object: what ls prints of it, and gate and proxy (up, down), reason
+(why it stopped), findings, audit_log and state_dir. Without an ID, stdin is the
+bottle's document.
+
+  bottle-vm status claude | jq -r .phase`,
+		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
 			id, err := oneArg(args)
 			if err != nil {
@@ -123,7 +140,7 @@ func (v *vm) statusCommand() *tool.Command {
 				return err
 			}
 			s := shown{listed: list(b), Gate: "down", Proxy: "none", AuditLog: b.Root.Audit(b.ID), StateDir: b.Dir}
-			if rec.Live() && rec.Phase == state.Ready {
+			if rec.Live() && (rec.Phase == state.Ready || rec.Phase == state.Stopped) {
 				a, err := keeper.Ask(rec.RunDir, keeper.Request{Do: "status"}, 5*time.Second)
 				if err != nil {
 					return err
@@ -147,7 +164,12 @@ func (v *vm) logsCommand() *tool.Command {
 		Name:       "logs",
 		ShortUsage: "bottle-vm logs [-f] [--audit] ID",
 		ShortHelp:  "what keeper, gate and engine wrote, or what the gate decided",
-		FlagSet:    fs,
+		LongHelp: `
+The audit log outlives its bottle: bottle-vm status says where it lies.
+
+  bottle-vm logs -f claude
+  bottle-vm logs --audit claude | jq 'select(.verdict=="deny")'`,
+		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
 			id, err := oneArg(args)
 			if err != nil {

@@ -222,7 +222,7 @@ func (s *starter) folders(context.Context) error {
 		return fault.New(fault.Data, "workspace_symlink", "workspace %s is a symbolic link", ws).
 			WithHint("write the folder itself in workspace.path: %s", target)
 	case !fi.IsDir():
-		return fault.New(fault.NoInput, "no_workspace", "workspace %s is not a folder", ws)
+		return fault.New(fault.NoInput, "no_workspace", "workspace %s is not a folder", ws).WithHint("name a folder in workspace.path")
 	}
 	if s.cfg.Workspace, err = filepath.EvalSymlinks(ws); err != nil {
 		return fault.New(fault.NoInput, "no_workspace", "workspace: %w", err)
