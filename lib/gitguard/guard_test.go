@@ -535,6 +535,39 @@ func TestPins(t *testing.T) {
 	}
 }
 
+func TestInsideOfGitIsRefused(t *testing.T) {
+	f := newFixture(t)
+	f.repo()
+	f.git(".", "init", "-q", "--bare", "store.git")
+	for _, tc := range []struct {
+		workspace string
+		mode      string
+		writable  []string
+		refused   bool
+	}{
+		{".", "rw", nil, false},
+		{".", "rw", []string{".git"}, true},
+		{".", "rw", []string{".git/info"}, true},
+		{".", "rw", []string{"store.git"}, true},
+		{".", "rw", []string{"store.git/hooks"}, true},
+		{".", "scratch", []string{".git/hooks"}, true},
+		{".git", "rw", nil, true},
+		{".git/hooks", "rw", nil, true},
+		{".git/hooks", "ro", nil, false},
+		{"store.git", "rw", nil, false}, // guarded like any other
+		{"store.git/hooks", "rw", nil, true},
+	} {
+		o := Options{Workspace: filepath.Join(f.ws, tc.workspace), Mode: tc.mode}
+		for _, w := range tc.writable {
+			o.Writable = append(o.Writable, filepath.Join(f.ws, w))
+		}
+		_, err := Plan(o)
+		if refused := err != nil && fault.As(err).Code == "in_git"; refused != tc.refused {
+			t.Errorf("%v: %v", tc, err)
+		}
+	}
+}
+
 func TestSymlinkIsRefused(t *testing.T) {
 	for _, name := range []string{".git", ".git/hooks", ".git/config", ".git/info"} {
 		t.Run(name, func(t *testing.T) {

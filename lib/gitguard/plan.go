@@ -64,6 +64,9 @@ type Options struct {
 	// ReadOnly are files that the guest must not change, if they lie in the
 	// workspace: the manifest. Absolute.
 	ReadOnly []string
+	// Writable are the folders and files outside the workspace that the guest may
+	// change: the read-write mounts. Absolute, without symlinks.
+	Writable []string
 	// EmptyFile and EmptyDir are mounted over what is hidden. They must be
 	// empty, read-only and reachable for the engine.
 	EmptyFile, EmptyDir string
@@ -129,9 +132,13 @@ func (f Finding) String() string {
 }
 
 // Plan looks at a workspace before its bottle starts. Faults: 65 git_symlink (a
-// .git or a pinned name is a symbolic link, which no mount can hold), 74, and 78
+// .git or a pinned name is a symbolic link, which no mount can hold) and in_git
+// (the guest would be given the inside of a repository), 74, and 78
 // workspace_too_big, too_many_repositories, too_many_hidden.
 func Plan(o Options) (*Guard, error) {
+	if err := apart(o); err != nil {
+		return nil, err
+	}
 	g := newGuard(o)
 	p := planner{Guard: g, covered: map[string]bool{}}
 	if err := p.walk(); err != nil {
@@ -171,6 +178,27 @@ func Plan(o Options) (*Guard, error) {
 		}
 	}
 	return g, nil
+}
+
+// apart refuses to give the guest a part of a git folder by another way: a
+// manifest that names .git/hooks as its workspace, or as a mount.
+func apart(o Options) error {
+	dirs := o.Writable
+	if o.Mode == "rw" {
+		dirs = append([]string{filepath.Dir(o.Workspace)}, dirs...)
+		if strings.EqualFold(filepath.Base(o.Workspace), ".git") {
+			dirs[0] = o.Workspace
+		}
+	}
+	for _, dir := range dirs {
+		for p := dir; p != "/" && p != "."; p = filepath.Dir(p) {
+			if strings.EqualFold(filepath.Base(p), ".git") || isBare(p) {
+				return fault.New(fault.Data, "in_git", "the guest would write in the git folder %s, whose hooks and settings the host executes", p).
+					WithHint("mount it with mode ro, or give the guest the repository as its workspace")
+			}
+		}
+	}
+	return nil
 }
 
 func newGuard(o Options) *Guard {

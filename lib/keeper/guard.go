@@ -33,6 +33,11 @@ func newGuard(k *keeper) (*guard, error) {
 		Workspace: k.cfg.Workspace, Mode: k.plan.Workspace.Mode, Hide: k.plan.Hide, Conceal: k.cfg.Conceal,
 		EmptyFile: k.bottle.Path("empty-file"), EmptyDir: k.bottle.Path("empty-dir"), Home: k.cfg.UserHome,
 	}
+	for _, m := range k.cfg.Mounts {
+		if !m.ReadOnly {
+			o.Writable = append(o.Writable, m.Source)
+		}
+	}
 	if k.cfg.Manifest != "" {
 		o.ReadOnly = []string{k.cfg.Manifest}
 	}
