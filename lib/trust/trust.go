@@ -15,7 +15,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -23,6 +25,7 @@ import (
 	"github.com/go-json-experiment/json"
 	"golang.org/x/sys/unix"
 
+	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/state"
@@ -47,29 +50,30 @@ type grant struct {
 
 // Needed lists, one line each, what the bottle wants that lies outside the
 // manifest's folder (symlinks resolved) or runs on the host: secrets from a
-// command, secret files, mounts, trust roots, an image and a workspace. Lines
+// command, secret files, mounts, trust roots, an image and a workspace; and
+// mounts inside of it that no guard covers. Lines
 // are sorted, name no value, and are what a grant is for. Errors are faults: a
 // path that cannot be resolved (66), no home (78).
 func Needed(b *plan.Bottle, at Place) ([]string, error) {
 	n := needs{at: at}
 	for _, s := range b.Secrets {
 		if path, ok := strings.CutPrefix(s.From, "file:"); ok {
-			n.path("secret "+s.Name+" reads", path)
+			n.outside("secret "+s.Name+" reads", path)
 		}
 		if s.From == "command" {
 			n.command(s)
 		}
 	}
 	for _, m := range b.Mounts {
-		n.path("mount at "+m.Target+" ("+m.Mode+") shows the guest", m.Source)
+		n.mount(m, b)
 	}
 	for _, r := range b.Egress.Roots {
-		n.path("trust root", r.Path)
+		n.outside("trust root", r.Path)
 	}
 	if b.Image.Kind == "path" {
-		n.path("image", b.Image.Source)
+		n.outside("image", b.Image.Source)
 	}
-	n.path("workspace ("+b.Workspace.Mode+")", b.Workspace.Path)
+	n.outside("workspace ("+b.Workspace.Mode+")", b.Workspace.Path)
 	slices.Sort(n.lines)
 	return slices.Compact(n.lines), errors.Join(n.errs...)
 }
@@ -80,7 +84,7 @@ type needs struct {
 	errs  []error
 }
 
-func (n *needs) path(what, p string) {
+func (n *needs) outside(what, p string) {
 	real, inside, err := n.at.Real(p)
 	if err != nil {
 		n.errs = append(n.errs, err)
@@ -94,6 +98,59 @@ func (n *needs) path(what, p string) {
 		line += " -> " + real
 	}
 	n.lines = append(n.lines, line)
+}
+
+// mount is a wish even inside of the manifest's folder when it goes past what
+// guards a workspace: its hidden files, and what git on the host executes.
+func (n *needs) mount(m plan.Mount, b *plan.Bottle) {
+	what := "mount at " + m.Target + " (" + m.Mode + ") shows the guest"
+	real, inside, err := n.at.Real(m.Source)
+	if err != nil || !inside {
+		n.outside(what, m.Source)
+		return
+	}
+	workspace, _, err := n.at.Real(b.Workspace.Path)
+	if err != nil {
+		return // said of the workspace itself
+	}
+	// A part of the workspace at its own place is covered like all of it.
+	rel, err := filepath.Rel(workspace, real)
+	covered := err == nil && Within(workspace, real) && m.Target == path.Join(engine.GuestWorkspace, filepath.ToSlash(rel))
+	switch {
+	case covered && (m.Mode == "ro" || b.Workspace.Mode == "rw"):
+	case m.Mode == "rw":
+		n.lines = append(n.lines, fmt.Sprintf("mount at %s (rw) lets the guest change, without a guard over git, %s", m.Target, m.Source))
+	case !covered && n.hides(real, b.Hide):
+		n.lines = append(n.lines, fmt.Sprintf("%s %s, with files in it that are hidden in the workspace", what, m.Source))
+	}
+}
+
+// maxLook bounds the search for hidden names; a larger folder counts as one
+// that has some.
+const maxLook = 100_000
+
+// hides tells whether a name below the manifest's folder on the way to real, or
+// below real, is one to hide.
+func (n *needs) hides(real string, patterns []string) bool {
+	hidden := func(name string) bool {
+		return slices.ContainsFunc(patterns, func(p string) bool { ok, _ := path.Match(p, name); return ok })
+	}
+	base, err := filepath.EvalSymlinks(n.at.Base)
+	if err != nil {
+		return true
+	}
+	rel, _ := filepath.Rel(base, real)
+	if slices.ContainsFunc(strings.Split(rel, "/"), hidden) {
+		return true
+	}
+	seen := 0
+	found := errors.New("found")
+	return filepath.WalkDir(real, func(p string, d fs.DirEntry, err error) error {
+		if seen++; seen > maxLook || err == nil && p != real && hidden(d.Name()) {
+			return found
+		}
+		return nil
+	}) != nil
 }
 
 // command is always a wish. Files of the manifest's folder that it names are

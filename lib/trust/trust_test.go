@@ -48,6 +48,7 @@ func TestNeeded(t *testing.T) {
 	at := Place{Base: filepath.Join(top, "p"), Home: filepath.Join(top, "home")}
 	write(t, filepath.Join(at.Base, "inside/f"), "x")
 	write(t, filepath.Join(at.Base, "tool"), "#!/bin/sh\n")
+	write(t, filepath.Join(at.Base, "hidden/.env"), "x")
 	write(t, filepath.Join(top, "out/f"), "x")
 	write(t, filepath.Join(at.Home, "key"), "x")
 	link(t, "../out", filepath.Join(at.Base, "escape"))
@@ -78,8 +79,30 @@ func TestNeeded(t *testing.T) {
 			b.Secrets = []plan.Secret{{Name: "K", From: "command", Command: []string{"sh", "./tool"}}}
 		}, []string{`secret K runs ["sh" "./tool"] (./tool is ` + plan.SHA256([]byte("#!/bin/sh\n")) + ")"}},
 		{"mount", func(b *plan.Bottle) {
-			b.Mounts = []plan.Mount{{Source: "/etc", Target: "/e", Mode: "ro"}, {Source: "inside", Target: "/i", Mode: "rw"}}
+			b.Mounts = []plan.Mount{{Source: "/etc", Target: "/e", Mode: "ro"}, {Source: "inside", Target: "/i", Mode: "ro"}}
 		}, []string{"mount at /e (ro) shows the guest /etc"}},
+		{"mount of a part at its place", func(b *plan.Bottle) {
+			b.Hide = []string{".env*"}
+			b.Mounts = []plan.Mount{{Source: "inside", Target: "/workspace/inside", Mode: "rw"}, {Source: "hidden", Target: "/workspace/hidden", Mode: "ro"}}
+		}, nil},
+		{"mount past the guard", func(b *plan.Bottle) {
+			b.Mounts = []plan.Mount{{Source: ".", Target: "/o", Mode: "rw"}, {Source: "inside", Target: "/workspace/hidden", Mode: "rw"}}
+		}, []string{
+			"mount at /o (rw) lets the guest change, without a guard over git, .",
+			"mount at /workspace/hidden (rw) lets the guest change, without a guard over git, inside",
+		}},
+		{"mount through a workspace that is no one's to change", func(b *plan.Bottle) {
+			b.Workspace.Mode = "scratch"
+			b.Mounts = []plan.Mount{{Source: "inside", Target: "/workspace/inside", Mode: "rw"}}
+		}, []string{"mount at /workspace/inside (rw) lets the guest change, without a guard over git, inside"}},
+		{"mount of hidden files", func(b *plan.Bottle) {
+			b.Hide = []string{".env*"}
+			b.Workspace.Path = "inside"
+			b.Mounts = []plan.Mount{{Source: ".", Target: "/a", Mode: "ro"}, {Source: "hidden/.env", Target: "/b", Mode: "ro"}, {Source: "tool", Target: "/c", Mode: "ro"}}
+		}, []string{
+			"mount at /a (ro) shows the guest ., with files in it that are hidden in the workspace",
+			"mount at /b (ro) shows the guest hidden/.env, with files in it that are hidden in the workspace",
+		}},
 		{"root", func(b *plan.Bottle) { b.Egress.Roots = []plan.Root{{Path: "/ca.pem"}} }, []string{"trust root /ca.pem"}},
 		{"image", func(b *plan.Bottle) { b.Image = plan.Image{Kind: "path", Source: "/"} }, []string{"image /"}},
 		{"workspace above", func(b *plan.Bottle) { b.Workspace.Path = ".." }, []string{"workspace (rw) .."}},
