@@ -4,7 +4,9 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
+	"slices"
 	"syscall"
 
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -14,6 +16,12 @@ import (
 
 func main() {
 	tool.Main("bottle-keeper", func(ctx context.Context, p *tool.Proc) int {
+		if slices.ContainsFunc(p.Args, func(a string) bool { return a == "-h" || a == "--help" }) {
+			fmt.Fprintln(p.Stdout, "bottle-keeper: the host process of one bottle\n\n"+
+				"bottle-vm up starts it and hands it everything on stdin; by hand there is\n"+
+				"nothing to do with it. bottle-vm status ID asks it, bottle-vm down ID ends it.")
+			return fault.OK
+		}
 		if len(p.Args) > 0 {
 			return p.Report(fault.New(fault.Usage, "usage", "bottle-keeper takes no arguments").
 				WithHint("bottle-vm up starts it"))

@@ -33,7 +33,10 @@ func (v *vm) downCommand() *tool.Command {
 		ShortHelp:  "end bottles and remove what they left; fine to call twice",
 		LongHelp: `
 Takes ids, or documents on stdin, error documents too. A bottle that is not
-there is no error, so that an EXIT trap can call it unconditionally.`,
+there is a warning and no error, so that an EXIT trap can call it in any case.
+
+  bottle-vm down claude
+  bottle-vm down --report < claude.doc`,
 		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
 			if err := tool.CheckArgs(args); err != nil {
@@ -124,6 +127,8 @@ func (v *vm) down(ctx context.Context, id string) error {
 	}
 	b, err := root.Find(id)
 	if e := fault.As(err); e != nil && e.Code == "no_such_bottle" {
+		// Not an error, so that down can be called twice; but it may be a slip.
+		v.p.Warn("no bottle %q, so nothing to remove", id)
 		return nil
 	}
 	if err != nil {

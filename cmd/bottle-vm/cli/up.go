@@ -153,7 +153,7 @@ func (s *starter) place(context.Context) error {
 		base, err = filepath.EvalSymlinks(base)
 	}
 	if err != nil {
-		return fault.New(fault.NoInput, "no_manifest_dir", "--dir: %w", err)
+		return fault.New(fault.NoInput, "no_manifest_dir", "--dir: %w", err).WithHint("give the folder that holds the manifest")
 	}
 	s.base = base
 	if s.bottle.Manifest.Name == "-" {
@@ -436,7 +436,8 @@ func (s *starter) record() (*state.Record, error) {
 	if s.flags.owner != 0 {
 		owner, err := state.Identify(s.flags.owner)
 		if err != nil {
-			return nil, fault.New(fault.Usage, "usage", "--owner: %w", err)
+			return nil, fault.New(fault.Usage, "usage", "--owner: %w", err).
+				WithHint("give the id of a process that runs")
 		}
 		rec.Owner = &owner
 	}
