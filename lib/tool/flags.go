@@ -133,7 +133,7 @@ func NoArgs(args []string) error {
 	if err := CheckArgs(args); err != nil {
 		return err
 	}
-	return fault.New(fault.Usage, "usage", "unexpected argument %q", args[0]).WithHint("only flags are taken here; see --help")
+	return fault.New(fault.Usage, "usage", "unexpected argument %q", args[0]).WithHint("this command takes flags only; see --help")
 }
 
 // CheckArgs refuses a flag behind an argument. Go's flag package stops at the

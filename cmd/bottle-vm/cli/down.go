@@ -177,7 +177,7 @@ func hints(b *state.Bottle) func(denial) string {
 		return none
 	}
 	return func(d denial) string {
-		if now := m.Decide(d.host, d.port); now.Code == d.code {
+		if now := m.DecideAs(d.host, d.port, d.protocol); now.Code == d.code {
 			return now.Hint
 		}
 		return ""
@@ -204,6 +204,7 @@ type denial struct {
 	host               string
 	port               int
 	target             string // host and port, safe to print
+	protocol           string // http where the client spoke it
 	code, reason, hint string
 	n                  int
 }
@@ -230,7 +231,7 @@ func denied(path string) []denial {
 	sums := map[string]*denial{}
 	sc := bufio.NewScanner(f)
 	for sc.Scan() {
-		r := gjson.GetManyBytes(sc.Bytes(), "verdict", "host", "port", "code", "reason")
+		r := gjson.GetManyBytes(sc.Bytes(), "verdict", "host", "port", "code", "reason", "method")
 		if r[0].Str != "deny" {
 			continue
 		}
@@ -240,7 +241,11 @@ func denied(path string) []denial {
 		}
 		key := target + " " + r[3].Str
 		if sums[key] == nil {
-			sums[key] = &denial{host: r[1].Str, port: int(r[2].Int()), target: printable(target), code: r[3].Str, reason: printable(r[4].Str)}
+			d := denial{host: r[1].Str, port: int(r[2].Int()), target: printable(target), code: r[3].Str, reason: printable(r[4].Str)}
+			if m := r[5].Str; m != "" && m != "CONNECT" {
+				d.protocol = "http"
+			}
+			sums[key] = &d
 		}
 		sums[key].n++
 	}
