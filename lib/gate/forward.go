@@ -169,10 +169,11 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 // shapeOf refuses what no rule could allow.
 func shapeOf(r *http.Request) *Refusal {
 	switch {
-	case r.Method == http.MethodConnect:
+	case strings.EqualFold(r.Method, http.MethodConnect):
 		return refused("method_refused", "", 0, "CONNECT inside a tunnel is refused", "")
-	case r.Method == http.MethodTrace || r.Method == "TRACK":
-		// The answer would hold the request's headers, the injected one too.
+	case strings.EqualFold(r.Method, http.MethodTrace) || strings.EqualFold(r.Method, "TRACK"):
+		// The answer would hold the request's headers, the injected one too. Some
+		// servers take methods in any case.
 		return refused("method_refused", "", 0, r.Method+" is refused", "use another method")
 	case r.Header.Get("Upgrade") != "" || r.Header.Get("Http2-Settings") != "":
 		return refused("upgrade_refused", "", 0, "changing the protocol of a connection is refused where the gate reads requests",
@@ -280,12 +281,23 @@ func dropHopByHop(h http.Header) {
 
 // RoundTrip is goproxy's way to the origin. It returns an answer in any case.
 func (x *exchange) RoundTrip(r *http.Request, _ *goproxy.ProxyCtx) (*http.Response, error) {
+	resp := x.answer(r)
+	if x.sent != nil && !x.sent.ended.Load() {
+		// An answer before the end of the request's body. net/http may take the
+		// rest of that body for the next request (in full duplex it interrupts
+		// the transport's Read, and goes on from there), so there is none.
+		resp.Header.Set("Connection", "close")
+	}
+	return resp, nil
+}
+
+func (x *exchange) answer(r *http.Request) *http.Response {
 	resp, err := x.tr.RoundTrip(r)
 	if err == nil {
 		err = x.check(resp)
 	}
 	if err != nil {
-		return x.refuse(r, err), nil
+		return x.refuse(r, err)
 	}
 	dropHopByHop(resp.Header)
 	resp.Header.Del("X-Bottle-Decision") // the gate's word alone
@@ -299,7 +311,7 @@ func (x *exchange) RoundTrip(r *http.Request, _ *goproxy.ProxyCtx) (*http.Respon
 	}
 	resp.Body = x.body
 	x.event.Status = resp.StatusCode
-	return resp, nil
+	return resp
 }
 
 // check refuses answers that cannot be passed on.
@@ -399,12 +411,16 @@ func (x *exchange) end(began time.Time) {
 // counted counts a request's body.
 type counted struct {
 	io.ReadCloser
-	n atomic.Int64 // the transport may still be sending when the answer is complete
+	n     atomic.Int64 // the transport may still be sending when the answer is complete
+	ended atomic.Bool
 }
 
 func (c *counted) Read(p []byte) (int, error) {
 	n, err := c.ReadCloser.Read(p)
 	c.n.Add(int64(n))
+	if err == io.EOF {
+		c.ended.Store(true)
+	}
 	return n, err
 }
 

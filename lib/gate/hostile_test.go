@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -127,5 +128,89 @@ func TestConnectInsideTunnel(t *testing.T) {
 	b, _ := io.ReadAll(c)
 	if !bytes.Contains(b, []byte("method_refused")) || len(o.log()) > 0 {
 		t.Errorf("%s\n%v", b, o.log())
+	}
+}
+
+// What an origin does not want to read of a body is never taken for a request:
+// it may be a file that somebody else wrote.
+func TestBodyIsNeverARequest(t *testing.T) {
+	var mu sync.Mutex
+	var seen []string
+	port := serveTCP(t, func(c *net.TCPConn) {
+		br := bufio.NewReader(c)
+		for {
+			r, err := http.ReadRequest(br)
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			seen = append(seen, r.URL.Path)
+			mu.Unlock()
+			early := r.URL.Path == "/early"
+			if !early {
+				io.Copy(io.Discard, r.Body)
+			}
+			io.WriteString(c, "HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
+			if early {
+				io.Copy(io.Discard, c)
+				return
+			}
+		}
+	})
+	at := hostPort("ok.test", port)
+	g := start(t, []plan.Rule{pin(allowHost("ok.test", "http", port), "127.0.0.1")}, nil, nil)
+	head := func(path string) string { return "POST http://" + at + path + " HTTP/1.1\r\nHost: " + at + "\r\n" }
+	inside := head("/smuggled") + "Content-Length: 0\r\n\r\n"
+
+	for name, c := range map[string]struct{ first, more string }{
+		"length, nothing sent yet": {"Content-Length: 4000\r\n\r\na", inside},
+		"length, some of it sent":  {"Content-Length: 400000\r\n\r\n" + strings.Repeat(inside, 1000), inside},
+		"chunks":                   {"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n", "fff\r\n" + inside},
+		"expecting":                {"Expect: 100-continue\r\nContent-Length: 4000\r\n\r\n", inside},
+	} {
+		conn := g.dial()
+		go io.WriteString(conn, head("/early")+c.first)
+		br := bufio.NewReader(conn)
+		resp, err := http.ReadResponse(br, nil)
+		for err == nil && resp.StatusCode == http.StatusContinue {
+			resp, err = http.ReadResponse(br, nil)
+		}
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		if resp.StatusCode != 413 || string(body) != "no" || err != nil || !resp.Close {
+			t.Errorf("%s: %v %q %v", name, resp, body, err)
+		}
+		io.WriteString(conn, c.more)
+		if _, err := http.ReadResponse(br, nil); err == nil {
+			t.Errorf("%s: a second answer", name)
+		}
+	}
+
+	// A body that was read to its end leaves the connection as it is.
+	conn := g.dial()
+	br := bufio.NewReader(conn)
+	for range 20 {
+		for _, rest := range []string{"Content-Length: 3\r\n\r\nabc", "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"} {
+			io.WriteString(conn, head("/whole")+rest)
+			resp, err := http.ReadResponse(br, nil)
+			if err != nil || resp.Close {
+				t.Fatalf("%v %v", resp, err)
+			}
+			io.Copy(io.Discard, resp.Body)
+		}
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	for _, p := range seen {
+		if p != "/early" && p != "/whole" {
+			t.Errorf("%s reached the origin", p)
+		}
+	}
+	for _, e := range g.events() {
+		if e.Event == "request" && e.Path != "/early" && e.Path != "/whole" {
+			t.Errorf("%+v was taken for a request", e)
+		}
 	}
 }
