@@ -19,7 +19,7 @@ type guard struct {
 	binds  []engine.Bind
 	cancel context.CancelFunc
 	done   chan struct{}
-	once   sync.Once
+	swept  bool
 
 	mu    sync.Mutex
 	found []string
@@ -112,20 +112,18 @@ func (g *guard) unwatch() {
 	}
 }
 
-// sweep is the last look, after the guest has ended. It may be called more than
-// once.
-func (g *guard) sweep(k *keeper) (err error) {
-	if g.g == nil {
+// sweep is the last look, after the guest has ended. It may be called again,
+// and looks again if the look before failed.
+func (g *guard) sweep(k *keeper) error {
+	if g.g == nil || g.swept {
 		return nil
 	}
-	g.once.Do(func() {
-		g.unwatch()
-		var found []gitguard.Finding
-		found, err = g.g.Sweep()
-		for _, f := range found {
-			k.logf("workspace: %s", f)
-			g.note(f)
-		}
-	})
+	g.unwatch()
+	found, err := g.g.Sweep()
+	for _, f := range found {
+		k.logf("workspace: %s", f)
+		g.note(f)
+	}
+	g.swept = err == nil
 	return err
 }

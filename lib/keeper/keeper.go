@@ -57,7 +57,8 @@ type keeper struct {
 	phase  string // state.Starting | state.Ready | stopped
 	reason string
 
-	ended chan struct{} // the guest has ended
+	ended  chan struct{} // the guest has ended
+	ending sync.Mutex    // held by the one that ends the bottle
 }
 
 const stopped = state.Stopped
@@ -84,20 +85,24 @@ func Run(ctx context.Context, stdin io.Reader, reply io.WriteCloser, log *os.Fil
 		if removeErr != nil {
 			r.Warnings = []string{"clearing up after the failed start: " + removeErr.Error()}
 		}
-		send(reply, r)
+		_ = send(reply, r) // the caller may be gone, with or without it
 		return err
 	}
-	send(reply, Reply{Document: k.doc.Line(), Warnings: k.guard.report()})
+	if err := send(reply, Reply{Document: k.doc.Line(), Warnings: k.guard.report()}); err != nil {
+		// An up that was killed: nobody knows of the bottle.
+		k.logf("who started the bottle is gone: %v", err)
+		return k.remove()
+	}
 	k.serve(ctx, started)
 	return k.remove()
 }
 
-func send(w io.WriteCloser, r Reply) {
+func send(w io.WriteCloser, r Reply) error {
 	raw, err := json.Marshal(r)
 	if err == nil {
-		_, _ = w.Write(append(raw, '\n'))
+		_, err = w.Write(append(raw, '\n'))
 	}
-	w.Close()
+	return errors.Join(err, w.Close())
 }
 
 func (k *keeper) logf(format string, args ...any) {
@@ -249,10 +254,12 @@ func (k *keeper) spec() (*engine.Spec, error) {
 	for _, e := range k.plan.Env {
 		s.Env = append(s.Env, e.Name+"="+e.Value)
 	}
-	if k.guard, err = newGuard(k); err != nil {
+	guard, err := newGuard(k)
+	if err != nil {
 		log.Close()
 		return nil, err
 	}
+	k.guard = guard
 	s.Binds = slices.Concat(k.cfg.Mounts, k.guard.binds)
 	return s, nil
 }
@@ -404,8 +411,11 @@ func (k *keeper) halt(reason string) error {
 }
 
 // end stops what the guest could still use and what it could still do, at once,
-// and looks at the workspace when the guest is gone. It goes on past errors.
+// and looks at the workspace when the guest is gone. It goes on past errors, and
+// may be called again: what is done already costs little.
 func (k *keeper) end() error {
+	k.ending.Lock()
+	defer k.ending.Unlock()
 	k.monitor.stop()
 	var gate, guest error
 	var wg sync.WaitGroup
@@ -442,13 +452,11 @@ func (k *keeper) remove() error {
 	k.mu.Lock()
 	k.rec.Phase = state.Stopping
 	_ = k.bottle.Save(k.rec)
-	halted := k.phase == stopped
 	k.mu.Unlock()
-	if !halted {
-		if err := k.end(); err != nil {
-			k.logf("ending: %v", err)
-			return err
-		}
+	// Of a halted bottle too: the stop may be at it still, or have failed.
+	if err := k.end(); err != nil {
+		k.logf("ending: %v", err)
+		return err
 	}
 	if err := k.root.TidyAudit(k.cfg.ID); err != nil {
 		k.logf("%v", err)

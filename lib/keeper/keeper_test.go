@@ -1,0 +1,90 @@
+package keeper
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/bottle-tools/bottle/lib/manifest"
+	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/state"
+)
+
+// reply is what up reads.
+type reply struct{ bytes.Buffer }
+
+func (*reply) Close() error { return nil }
+
+// gone is the pipe of an up that was killed.
+type gone struct{}
+
+func (gone) Write([]byte) (int, error) { return 0, os.ErrClosed }
+func (gone) Close() error              { return nil }
+
+// A workspace that the guard refuses is told to up, and leaves nothing.
+func TestStartThatTheGuardRefuses(t *testing.T) {
+	top, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	workspace := filepath.Join(top, "p/.git/hooks")
+	if err := os.MkdirAll(workspace, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	m, err := manifest.Load([]byte(`{"format_version":"1.0","bottles":{"b":{"runtime":"gvisor","workspace":{"path":".git/hooks"},"egress":{"proxy":"builtin"}}},
+		"agents":{"a":{"bottle":"b","command":["true"]}}}`), "bottle.json", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := m.Plan("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc, err := plan.New(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	self, err := state.Identify(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := &state.Root{Dir: filepath.Join(top, "state"), RunDir: filepath.Join(top, "run")}
+	folder, rec, err := root.Create("a", state.Record{Creator: self})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := json.Marshal(Config{
+		ID: folder.ID, StateDir: root.Dir, RunRoot: root.RunDir, Document: doc.Line(), Base: filepath.Join(top, "p"),
+		Runtime: "gvisor", Workspace: workspace, HostUID: os.Geteuid(), HostGID: os.Getegid(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.Create(filepath.Join(top, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	var to reply
+	err = Run(context.Background(), bytes.NewReader(append(cfg, '\n')), &to, log)
+	var got Reply
+	if jerr := json.Unmarshal(to.Bytes(), &got); err == nil || jerr != nil || got.Error == nil || got.Error.Code != "in_git" || len(got.Warnings) > 0 {
+		t.Errorf("%v; reply %q (%v)", err, to.String(), jerr)
+	}
+	for _, dir := range []string{folder.Dir, rec.RunDir} {
+		if _, err := os.Lstat(dir); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left (%v)", dir, err)
+		}
+	}
+}
+
+// A reply that nobody takes is an error: the bottle would be nobody's.
+func TestReplyToNobody(t *testing.T) {
+	if err := send(gone{}, Reply{}); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("%v", err)
+	}
+}
