@@ -136,8 +136,11 @@ type Stats struct {
 	BytesOut int64 `json:"bytes_out"`
 }
 
-// New checks cfg and makes a gate. Nothing is opened or dialled.
+// New checks cfg and makes a gate. Nothing is opened or dialled. It turns the
+// standard logger off: net/http quotes what a host sends unasked there (net/http
+// transport.go, "Unsolicited response"), and that may hold a secret.
 func New(cfg Config) (*Gate, error) {
+	log.SetOutput(io.Discard)
 	matcher, err := policy.Compile(cfg.Bottle.Egress.Rules)
 	if err != nil {
 		return nil, err

@@ -6,11 +6,14 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/bottle-tools/bottle/lib/plan"
 )
@@ -100,6 +103,31 @@ func TestBrokenAnswersHoldNoSecret(t *testing.T) {
 				t.Errorf("remarks: %.300s", remarks.String())
 			}
 		})
+	}
+}
+
+// What a host sends after its answer is quoted by net/http to the standard
+// logger, which is the keeper's log in a gate process.
+func TestUnaskedBytesAreNotLogged(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	log.SetOutput(w)
+	port := rawOrigin(t, "api.test", func(k string) string {
+		return "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nX-A: " + k + "\r\n\r\n"
+	})
+	g := start(t, []plan.Rule{pin(allowHost("api.test", "tls", port), "127.0.0.1")}, keySecret("api.test", "x-api-key"), nil)
+	for range 5 {
+		if _, body := g.get("https://" + hostPort("api.test", port) + "/"); string(body) != "ok" {
+			t.Errorf("%s", body)
+		}
+	}
+	time.Sleep(100 * time.Millisecond) // the transport looks at the rest by itself
+	w.Close()
+	if b, _ := io.ReadAll(r); len(b) > 0 {
+		t.Errorf("logged: %s", b)
 	}
 }
 
