@@ -226,8 +226,8 @@ func execOwnFailures(t *testing.T, w *harness.World, id string) {
 		{"bottle-vm exec " + id + " -t -- true", "flags come first"},
 		{"bottle-vm exec -e 1A=b " + id + " -- true", "NAME=VALUE"},
 		{"bottle-vm exec -e NOVALUE " + id + " -- true", "NAME=VALUE"},
-		{"bottle-vm exec -w relative " + id + " -- true", "absolute"},
-		{"bottle-vm exec -w /no/such/folder " + id + " -- true", "/no/such/folder"},
+		{"bottle-vm exec -w relative " + id + " -- true", "absolute"},               // bad_dir
+		{"bottle-vm exec -w /no/such/folder " + id + " -- true", "/no/such/folder"}, // no_dir
 		{"bottle-vm exec -t " + id + " -- true </dev/null", "-t needs a terminal"},
 		{"bottle-vm exec nobody -- true", "no bottle"},
 		{"bottle-vm exec nobody-01234567 -- true", "no bottle"},
@@ -236,7 +236,7 @@ func execOwnFailures(t *testing.T, w *harness.World, id string) {
 		{"echo '{' | bottle-vm exec -- true", "ends in the middle"},
 		{"echo '[}' | bottle-vm exec -- true", "not a JSON object"},
 		{`printf '{"format_version":"1.0","error":{"stage":"plan","code":"no_manifest","exit":66,"message":"there is none"}}\n' | bottle-vm exec -- true`, "there is none"},
-		{`printf '{"format_version":"1.0","vm":{"id":"a-01234567"}}\n{"format_version":"1.0","vm":{"id":"a-01234567"}}\n' | bottle-vm exec -- true`, "more than one document"},
+		{`printf '{"format_version":"1.0","vm":{"id":"a-01234567"}}\n{"format_version":"1.0","vm":{"id":"a-01234567"}}\n' | bottle-vm exec -- true`, "more than one document"}, // many_documents
 	} {
 		r := w.Sh(c.line)
 		if r.Code != 125 || r.Out != "" || !contains(r.Stderr, c.stderr) || strings.Count(r.Stderr, "\n") != 1 {
@@ -361,7 +361,7 @@ func copyFiles(t *testing.T, w *harness.World, id string) {
 		{"bottle-vm cp note.txt", 64, "two paths"},
 		{"bottle-vm cp no-such-file " + id + ":/tmp/", 66, "no-such-file"},
 		{"bottle-vm cp " + id + ":/tmp/nothing-here here", 66, "nothing-here"},
-		{"bottle-vm cp " + id + ":/tmp/copied no-folder/x", 66, "no-folder"},
+		{"bottle-vm cp " + id + ":/tmp/copied no-folder/x", 66, "no-folder"}, // no_folder
 		{"bottle-vm cp note.txt nobody:/tmp/", 66, "no bottle"},
 	} {
 		r := w.Sh(c.line)
@@ -392,7 +392,7 @@ func showVerbs(t *testing.T, w *harness.World, id string) {
 	w.OK("bottle-vm logs --audit " + id)
 	for line, code := range map[string]int{
 		"bottle-vm logs":                    64,
-		"bottle-vm diff " + id:              64, // the bottle works on the workspace itself
+		"bottle-vm diff " + id:              64, // not_scratch
 		"bottle-vm diff":                    64,
 		"bottle-vm status nobody":           66,
 		"bottle-vm logs nobody":             66,

@@ -148,7 +148,7 @@ func TestClosedStdout(t *testing.T) {
 	harness.EachUser(t, func(t *testing.T, w *harness.World) {
 		w.Manifest(plain)
 		r := w.Sh("bottle-plan | bottle-vm up >/dev/full")
-		if r.Code != 74 || !contains(r.Stderr, "no space left") {
+		if r.Code != 74 || !contains(r.Stderr, "no space left") { // write_failed
 			t.Errorf("/dev/full: %+v, want 74", r)
 		}
 		w.Gone()
@@ -341,12 +341,12 @@ func TestEngineTrouble(t *testing.T) {
 			return path
 		}
 		runsc := filepath.Join(w.Bin, "bottle-runsc")
-		for _, c := range []struct{ name, engine, script string }{
-			{"missing", "/nonexistent", ""},
-			{"no engine", "", "exit 0"},
-			{"dies at once", "", "exit 1"},
-			{"dies by a signal", "", "kill -9 $$"},
-			{"dies while it makes the sandbox", "", `case " $* " in *" create "*|*" run "*|*" start "*) (sleep 0.1; kill -9 $$) & ;; esac; exec ` + runsc + ` "$@"`},
+		for _, c := range []struct{ name, engine, script, code string }{
+			{"missing", "/nonexistent", "", "engine_missing"},
+			{"no engine", "", "exit 0", "engine_died"},
+			{"dies at once", "", "exit 1", "engine_unfit"},
+			{"dies by a signal", "", "kill -9 $$", "engine_unfit"},
+			{"dies while it makes the sandbox", "", `case " $* " in *" create "*|*" run "*|*" start "*) (sleep 0.1; kill -9 $$) & ;; esac; exec ` + runsc + ` "$@"`, "engine_failed engine_died"},
 		} {
 			if c.engine == "" {
 				c.engine = fake(c.script)
@@ -355,11 +355,18 @@ func TestEngineTrouble(t *testing.T) {
 			code := gjson.Get(r.Out, "error.code").Str
 			if r.Code == 0 && c.name == "dies while it makes the sandbox" {
 				w.OK("bottle-vm ls | jq -r .id | xargs bottle-vm down") // it was quicker
-			} else if r.Code != 69 || gjson.Get(r.Out, "error.exit").Int() != 69 || !strings.HasPrefix(code, "engine_") || !strings.HasPrefix(r.Stderr, "bottle-vm: error: ") {
-				t.Errorf("%s: %+v", c.name, r)
+			} else if r.Code != 69 || gjson.Get(r.Out, "error.exit").Int() != 69 || code == "" || !contains(c.code, code) || !strings.HasPrefix(r.Stderr, "bottle-vm: error: ") {
+				t.Errorf("%s: %+v, want 69 %s", c.name, r, c.code)
 			}
 			w.Gone()
 		}
+		// With no engine at all, all that were tried are told.
+		w.Manifest(`"runtime":"auto"`)
+		r := w.Sh("bottle-plan | PATH=" + w.Bin + ":/usr/bin:/bin BOTTLE_SMOLVM=/nonexistent BOTTLE_RUNSC=/nonexistent bottle-vm up")
+		if r.Code != 69 || gjson.Get(r.Out, "error.code").Str != "no_engine" || !contains(r.Stderr, "smolvm: ") || !contains(r.Stderr, "gvisor: ") {
+			t.Errorf("no engine at all: %+v", r)
+		}
+		w.Manifest(plain)
 		// Beside the tools it is found; without its helpers up refuses.
 		if err := os.Remove(filepath.Join(w.Dir, "engine.sh")); err != nil {
 			t.Error(err)
@@ -367,6 +374,10 @@ func TestEngineTrouble(t *testing.T) {
 		bare := filepath.Join(filepath.Dir(w.State), "bare")
 		w.Write(filepath.Join(bare, "x"), "")
 		w.OK("cp $(command -v bottle-vm) " + bare + "/ && bottle-plan >plan.json")
+		r = w.Do(nil, "bottle-keeper")
+		if r.Code != 65 || !contains(r.Stderr, "no config") { // no_config
+			t.Errorf("bottle-keeper by hand: %+v", r)
+		}
 		if r := w.Sh(bare + "/bottle-vm up <plan.json"); r.Code != 69 || gjson.Get(r.Out, "error.code").Str != "tool_missing" {
 			t.Errorf("bottle-vm alone: %+v", r)
 		}
@@ -384,6 +395,7 @@ func TestStateFolder(t *testing.T) {
 		exit      int
 	}{
 		{"/proc/1/nothing", "cannot_create", 73},
+		{"/tmp/" + strings.Repeat("x", 300), "cannot_create", 73},
 		{"/usr/no-such-folder", "cannot_create", 73},
 		{filepath.Join(w.Home, "open"), "bad_state_dir", 77},
 		{w.Dir, "holds_state", 65},

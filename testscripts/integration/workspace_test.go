@@ -112,11 +112,11 @@ func TestWorkspaceScratch(t *testing.T) {
 		if w.Read("changed.txt") != "one\ntwo\n" || w.Read("removed.txt") != "gone\n" {
 			t.Error("a scratch workspace changed the real one")
 		}
-		r := w.Sh("bottle-vm diff " + id + " >~/change.patch")
+		r := w.Sh("bottle-vm diff " + id + " >change.patch")
 		if r.Code != 1 {
 			t.Errorf("diff: %+v, want 1", r)
 		}
-		w.OK("git apply ~/change.patch")
+		w.OK("git apply change.patch")
 		if w.Read("changed.txt") != "one\ntwo\nthree\n" || w.Read("bin ary") != "a\x00b" || w.Read("d é/f") != "deep\n" {
 			t.Errorf("the patch did not bring all changes: %q", w.OK("git status --short"))
 		}

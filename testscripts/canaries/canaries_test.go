@@ -1,0 +1,219 @@
+// Package canaries asks pinned programs from outside whether they still do what
+// the recordings in testscripts/transcripts say, and what the tools rely on.
+// They are for a schedule, not for every change: BOTTLE_CANARIES=1 runs them.
+package canaries
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tidwall/gjson"
+
+	"github.com/bottle-tools/bottle/lib/pipelock/pipelocktest"
+	"github.com/bottle-tools/bottle/lib/smolvm"
+	"github.com/bottle-tools/bottle/lib/smolvm/smolvmtest"
+	"github.com/bottle-tools/bottle/testscripts/fakesmolvm"
+	"github.com/bottle-tools/bottle/testscripts/harness"
+)
+
+func TestMain(m *testing.M) { harness.Main(m) }
+
+func gated(t *testing.T) {
+	t.Helper()
+	if os.Getenv("BOTTLE_CANARIES") != "1" {
+		t.Skip("SKIPPED: a canary; BOTTLE_CANARIES=1 runs it (make canaries)")
+	}
+}
+
+const transcripts = "../transcripts"
+
+// The releases that the recordings were made from.
+var smolvmReleases = []string{"1.9.1", "1.32.2"}
+
+// TestSmolvm calls the program of each recorded release with every recorded
+// argument list that neither boots nor changes anything, and compares.
+func TestSmolvm(t *testing.T) {
+	gated(t)
+	records, err := fakesmolvm.Load(filepath.Join(transcripts, "smolvm"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, release := range smolvmReleases {
+		t.Run(release, func(t *testing.T) {
+			bin := smolvmtest.Real(t, release)
+			home := t.TempDir()
+			asked := 0
+			for _, r := range records {
+				if r.Version != release || r.Exit == nil || !harmless(r.Argv[1:]) {
+					continue
+				}
+				asked++
+				out, stderr, code := call(t, home, bin, r.Argv[1:]...)
+				if now, then := facts(out+stderr), facts(r.Stdout+r.Stderr); code != *r.Exit || now != then {
+					t.Errorf("%q: exit %d, recorded %d\n--- now\n%s\n--- recorded\n%s", r.Argv, code, *r.Exit, now, then)
+				}
+			}
+			if asked < 3 {
+				t.Errorf("only %d recordings of %s could be asked: the filter is broken", asked, release)
+			}
+			list, stderr, code := call(t, home, bin, "machine", "ls", "--json")
+			if code != 0 || !gjson.Valid(list) || !gjson.Parse(list).IsArray() {
+				t.Errorf("machine ls --json is no list: exit %d %s %s", code, list, stderr)
+			}
+			c, err := smolvm.Open(t.Context(), bin, []string{"HOME=" + home, "PATH=/usr/bin:/bin"})
+			if err != nil || c.Version.String() != release {
+				t.Errorf("Open: %+v, %v", c, err)
+			}
+		})
+	}
+}
+
+// harmless calls answer from the program alone.
+func harmless(args []string) bool {
+	if slices.Contains(args, "help") { // "help --help" was recorded with 0 and exits with 2; nothing relies on it
+		return false
+	}
+	return len(args) > 0 && (args[len(args)-1] == "--help" || args[len(args)-1] == "--version")
+}
+
+func call(t *testing.T, home, bin string, args ...string) (out, stderr string, code int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, bin, args...)
+	cmd.Env = []string{"HOME=" + home, "PATH=/usr/bin:/bin"}
+	var o, e strings.Builder
+	cmd.Stdout, cmd.Stderr = &o, &e
+	_ = cmd.Run()
+	if cmd.ProcessState == nil || ctx.Err() != nil {
+		t.Fatalf("%s %q did not run: %v", bin, args, ctx.Err())
+	}
+	return o.String(), e.String(), cmd.ProcessState.ExitCode()
+}
+
+var words = regexp.MustCompile(`(^|[\s\[,])--?[a-zA-Z][a-z0-9-]*|(?m)^  +[a-z-]+  +|\d+\.\d+\.\d+`)
+
+// facts are the flags, subcommands and versions in a text, sorted: how the prose
+// around them is broken into lines depends on the terminal.
+func facts(text string) string {
+	var all []string
+	for _, w := range words.FindAllString(text, -1) {
+		all = append(all, strings.Trim(w, " \t\n[,"))
+	}
+	slices.Sort(all)
+	return strings.Join(slices.Compact(all), " ")
+}
+
+// TestPipelock repeats the recorded checks of configurations.
+func TestPipelock(t *testing.T) {
+	gated(t)
+	bin := pipelocktest.Path(t)
+	f, err := os.Open(filepath.Join(transcripts, "pipelock", "check.ndjson"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	sc := bufio.NewScanner(f)
+	sc.Buffer(nil, 1<<24)
+	asked := 0
+	for sc.Scan() {
+		var r checkRecord
+		if err := json.Unmarshal(sc.Bytes(), &r); err != nil {
+			t.Fatal(err)
+		}
+		if ok := r.ask(t, bin); ok {
+			asked++
+		}
+	}
+	if err := sc.Err(); err != nil {
+		t.Fatal(err)
+	}
+	if asked == 0 {
+		t.Error("no recording could be asked")
+	}
+}
+
+// checkRecord is one recorded "pipelock check".
+type checkRecord struct {
+	Name   string   `json:"name"`
+	Config string   `json:"config"`
+	Argv   []string `json:"argv"`
+	Exit   int      `json:"exit"`
+	Stdout string   `json:"stdout"`
+	Stderr string   `json:"stderr"`
+}
+
+// ask repeats the call. What the tools rely on is the verdict: the exit status,
+// and the line that says so.
+func (r *checkRecord) ask(t *testing.T, bin string) bool {
+	t.Helper()
+	n := len(r.Argv)
+	if n != 4 || r.Argv[1] != "check" || r.Argv[2] != "--config" || r.Config == "" {
+		return false
+	}
+	dir := t.TempDir()
+	config := filepath.Join(dir, filepath.Base(r.Argv[3]))
+	if err := os.WriteFile(config, []byte(r.Config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, stderr, code := call(t, dir, bin, "check", "--config", config)
+	const ok = "Config validation: OK"
+	if code != r.Exit || strings.Contains(out+stderr, ok) != strings.Contains(r.Stdout+r.Stderr, ok) {
+		t.Errorf("%s: exit %d, recorded %d\n%s%s\n--- recorded\n%s%s", r.Name, code, r.Exit, out, stderr, r.Stdout, r.Stderr)
+	}
+	return true
+}
+
+// TestClaudeCode: the demo's agent is pinned to one version, and that is the one
+// that gets installed.
+func TestClaudeCode(t *testing.T) {
+	gated(t)
+	const dir = "../../tools/claude-code"
+	raw, err := os.ReadFile(filepath.Join(dir, "package.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const name = `@anthropic-ai/claude-code`
+	version := gjson.GetBytes(raw, "dependencies."+name).Str
+	if !regexp.MustCompile(`^\d+\.\d+\.\d+$`).MatchString(version) {
+		t.Fatalf("%s is not pinned: %q", name, version)
+	}
+	lock, err := os.ReadFile(filepath.Join(dir, "package-lock.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	locked := gjson.GetBytes(lock, "packages").Get(`node_modules/` + name)
+	if locked.Get("version").Str != version || locked.Get("integrity").Str == "" {
+		t.Errorf("package-lock.json has %s, want %s with an integrity", locked.Get("version").Raw, version)
+	}
+	home := t.TempDir()
+	for _, file := range []string{"package.json", "package-lock.json"} {
+		b, err := os.ReadFile(filepath.Join(dir, file))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(home, file), b, 0o644)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	install := exec.CommandContext(ctx, "npm", "ci", "--no-audit", "--no-fund")
+	install.Dir = home
+	if out, err := install.CombinedOutput(); err != nil {
+		t.Fatalf("npm ci: %v\n%s", err, out)
+	}
+	out, stderr, code := call(t, home, filepath.Join(home, "node_modules", ".bin", "claude"), "--version")
+	if code != 0 || !strings.HasPrefix(out, version) {
+		t.Errorf("claude --version: exit %d %q %q, want %s", code, out, stderr, version)
+	}
+}
