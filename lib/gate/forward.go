@@ -306,7 +306,9 @@ func (x *exchange) answer(r *http.Request) *http.Response {
 	}
 	x.body = &body{ReadCloser: resp.Body, resp: resp, flush: x.flush}
 	if x.injector != nil {
-		x.body.masked = x.injector.mask.header(resp.Header)
+		// The names of trailers are announced in the head.
+		names := x.injector.mask.header(resp.Trailer)
+		x.body.masked = x.injector.mask.header(resp.Header) || names
 		x.body.mask = &maskReader{src: resp.Body, m: x.injector.mask}
 	}
 	resp.Body = x.body

@@ -159,6 +159,19 @@ func TestConnectInsideTunnel(t *testing.T) {
 	}
 }
 
+// Names of trailers are told before the body, and their case is not kept.
+func TestTrailerNamesHoldNoSecret(t *testing.T) {
+	port := rawOrigin(t, "api.test", func(k string) string {
+		return "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: a-" + k + ", X-Sum\r\n\r\n2\r\nok\r\n0\r\na-" + k + ": 1\r\nX-Sum: 2\r\n\r\n"
+	})
+	g := start(t, []plan.Rule{pin(allowHost("api.test", "tls", port), "127.0.0.1")}, keySecret("api.test", "x-api-key"),
+		func(c *Config) { c.Secrets = map[string]string{"KEY": "token-0123456789abcdef"} })
+	resp, body := g.get("https://" + hostPort("api.test", port) + "/")
+	if all := strings.ToLower(fmt.Sprint(resp.Header, resp.Trailer)); string(body) != "ok" || strings.Contains(all, "0123456789") || resp.Trailer.Get("X-Sum") != "2" {
+		t.Errorf("%q %s", body, all)
+	}
+}
+
 // What an origin does not want to read of a body is never taken for a request:
 // it may be a file that somebody else wrote.
 func TestBodyIsNeverARequest(t *testing.T) {
