@@ -163,7 +163,7 @@ func Diff(ctx context.Context, before, after string, w io.Writer) (changed bool,
 	cmd.Env = []string{"PATH=/usr/bin:/bin", "HOME=" + empty, "GIT_CONFIG_NOSYSTEM=1", "GIT_CONFIG_GLOBAL=/dev/null",
 		"GIT_ATTR_NOSYSTEM=1", "GIT_CEILING_DIRECTORIES=/", "LC_ALL=C"}
 	var stderr bytes.Buffer
-	patch := &noGit{w: w, own: ownHeader(w, before)}
+	patch := &noGit{w: w, own: ownName(w, before)}
 	cmd.Stdout, cmd.Stderr = patch, &stderr
 	err = errors.Join(cmd.Run(), patch.flush())
 	var exit *exec.ExitError
@@ -201,7 +201,7 @@ func GitVersion(ctx context.Context) (string, error) {
 // never starts with "diff --git ": it has a mark in front, or is base85.
 type noGit struct {
 	w     io.Writer
-	own   string // header of the file that the patch itself goes to; "" for none
+	own   string // the file that the patch itself goes to; "" for none
 	line  []byte
 	drop  bool
 	wrote bool
@@ -229,7 +229,7 @@ func (n *noGit) flush() error {
 	n.line = n.line[:0]
 	if head, ok := bytes.CutPrefix(line, []byte("diff --git ")); ok {
 		n.drop = bytes.Contains(head, []byte("/.git/")) || bytes.Contains(head, []byte("/.git\n")) || bytes.Contains(head, []byte("/.git ")) ||
-			n.own != "" && string(head) == n.own
+			n.own != "" && (string(head) == "a/"+n.own+" b/"+n.own+"\n" || string(head) == "a/"+n.own+" a/"+n.own+"\n")
 	}
 	if n.drop || len(line) == 0 {
 		return nil
@@ -239,10 +239,11 @@ func (n *noGit) flush() error {
 	return err
 }
 
-// ownHeader is how a patch begins what it says about the file that it is being
-// written to: "bottle-vm diff ID > change.patch" is mostly typed in the
-// workspace, and that file is no change of the guest's.
-func ownHeader(w io.Writer, before string) string {
+// ownName is the file that the patch is being written to, below the folder
+// before: "bottle-vm diff ID > change.patch" is mostly typed in the workspace,
+// and that file is no change of the guest's. git names a file that is on the
+// first side only twice with a/.
+func ownName(w io.Writer, before string) string {
 	f, ok := w.(*os.File)
 	if !ok {
 		return ""
@@ -258,5 +259,5 @@ func ownHeader(w io.Writer, before string) string {
 	if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
 		return ""
 	}
-	return fmt.Sprintf("a/%s b/%s\n", rel, rel)
+	return rel
 }

@@ -83,3 +83,26 @@ func TestCopyAndDiff(t *testing.T) {
 		t.Errorf("git apply: %v %s", err, out)
 	}
 }
+
+// A patch that is written into the workspace says nothing about itself.
+func TestDiffLeavesItsOwnFileOut(t *testing.T) {
+	before, after := t.TempDir(), t.TempDir()
+	for dir, text := range map[string]string{before: "one\n", after: "two\n"} {
+		if err := os.WriteFile(filepath.Join(dir, "file"), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f, err := os.Create(filepath.Join(before, "change.patch"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	changed, err := Diff(t.Context(), before, after, f)
+	if err != nil || !changed {
+		t.Fatalf("%v, %v", changed, err)
+	}
+	patch, err := os.ReadFile(f.Name())
+	if err != nil || !strings.Contains(string(patch), "+two") || strings.Contains(string(patch), "change.patch") {
+		t.Errorf("%v:\n%s", err, patch)
+	}
+}
