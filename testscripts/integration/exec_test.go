@@ -46,7 +46,9 @@ func TestExec(t *testing.T) {
 		on("cp", copyFiles)
 		on("show", showVerbs)
 		w.Down(id)
-		w.Down(id)
+		if r := w.Do(nil, "bottle-vm", "down", id); r.Code != 0 || r.Out != "" {
+			t.Errorf("down again: %+v", r)
+		}
 		if r := w.Exec(id, "true"); r.Code != 125 || !contains(r.Stderr, "no bottle") {
 			t.Errorf("exec after down: %+v", r)
 		}
@@ -222,7 +224,7 @@ func execOwnFailures(t *testing.T, w *harness.World, id string) {
 	for _, c := range []struct{ line, stderr string }{
 		{"bottle-vm exec " + id + " --", "no command"},
 		{"bottle-vm exec " + id, "no command"},
-		{"bottle-vm exec " + id + " true", "unexpected argument"},
+		{"bottle-vm exec " + id + " true", "behind --"},
 		{"bottle-vm exec " + id + " -t -- true", "flags come first"},
 		{"bottle-vm exec -e 1A=b " + id + " -- true", "NAME=VALUE"},
 		{"bottle-vm exec -e NOVALUE " + id + " -- true", "NAME=VALUE"},

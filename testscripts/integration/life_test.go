@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -131,6 +132,7 @@ func TestStop(t *testing.T) {
 	if r := w.Exec(id, "true"); r.Code != 125 || r.Stderr == "" {
 		t.Errorf("exec after stop: %+v", r)
 	}
+	has(t, "ls after stop", w.OK("bottle-vm ls"), id, `"phase":"stopped"`)
 	has(t, "status after stop", w.OK("bottle-vm status "+id), `"phase":"stopped"`, `"gate":"down"`)
 	if r := w.Sh("bottle-vm diff " + id); r.Code != 1 || !contains(r.Out, "+two") {
 		t.Errorf("diff after stop: %+v", r)
@@ -382,6 +384,31 @@ func TestEngineTrouble(t *testing.T) {
 			t.Errorf("bottle-vm alone: %+v", r)
 		}
 	})
+}
+
+// TestSmolvmTrouble: runtime smolvm without a smolvm, with a program that is
+// none, and with one that answers as recorded and knows no bottle of ours.
+func TestSmolvmTrouble(t *testing.T) {
+	fake := filepath.Join(t.TempDir(), "smolvm")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", fake, "../fakesmolvm/smolvm")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	transcripts, err := filepath.Abs("../transcripts/smolvm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := harness.NewWorld(t)
+	w.Env = append(w.Env, "BOTTLE_TRANSCRIPTS="+transcripts, "BOTTLE_TRANSCRIPT_VERSION=1.9.1",
+		"BOTTLE_TRANSCRIPT_STATE="+filepath.Join(w.Home, "replay"))
+	w.Manifest(`"runtime":"smolvm"`)
+	for smolvm, code := range map[string]string{"/nonexistent": "smolvm_missing", "/bin/true": "smolvm_", fake: "smolvm_"} {
+		r := w.Sh("bottle-plan | BOTTLE_SMOLVM=" + smolvm + " bottle-vm up")
+		if got := gjson.Get(r.Out, "error.code").Str; r.Code != 69 && r.Code != 78 || !strings.HasPrefix(got, code) || r.Stderr == "" {
+			t.Errorf("%s: %+v, want 69 or 78 and %s", smolvm, r, code)
+		}
+		w.Gone()
+	}
 }
 
 func TestStateFolder(t *testing.T) {
