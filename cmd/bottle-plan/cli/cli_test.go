@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -268,5 +269,29 @@ func TestStarter(t *testing.T) {
 	code, out, stderr := run(t, t.TempDir(), nil, uncommented, "check", "-m", "-")
 	if code != 0 || !strings.Contains(out, "bash, claude") {
 		t.Errorf("uncommented: %s%s", out, stderr)
+	}
+}
+
+// A FIFO in the manifest's place must not hold the tool up; a pipe that the
+// caller hands over is read.
+func TestManifestThatIsNoFile(t *testing.T) {
+	dir := folder(t, nil)
+	if err := syscall.Mkfifo(filepath.Join(dir, "bottle.json"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, stderr := run(t, dir, nil, "", "a"); code != fault.NoInput || !strings.Contains(stderr, "not a regular file") {
+		t.Errorf("%d %q", code, stderr)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if _, err := w.WriteString(two); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	if code, stdout, stderr := run(t, dir, nil, "", "-m", fmt.Sprintf("/dev/fd/%d", r.Fd()), "a"); code != 0 || stdout == "" {
+		t.Errorf("%d %q %q", code, stdout, stderr)
 	}
 }

@@ -61,6 +61,11 @@ func manifestBytes(p *tool.Proc, file string) ([]byte, error) {
 	if file == "" {
 		return nil, fault.New(fault.Usage, "usage", "-m names no file").WithHint("leave it out to read %s", defaultManifest)
 	}
+	// A shell's own pipe, -m <(...), may be read; a FIFO that lies in a cloned
+	// repository would hold us up for ever.
+	if fi, err := os.Stat(file); err == nil && !fi.IsDir() && !fi.Mode().IsRegular() && !strings.HasPrefix(file, "/dev/fd/") && !strings.HasPrefix(file, "/proc/self/fd/") {
+		return nil, fault.New(fault.NoInput, "unreadable_manifest", "%s is not a regular file", file).WithHint("-m - reads the manifest from stdin")
+	}
 	f, err := os.Open(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fault.New(fault.NoInput, "no_manifest", "there is no manifest %s", file).

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/manifest"
@@ -43,12 +45,31 @@ func (v *vm) reader(base string) func(string) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		raw, err := os.ReadFile(path)
+		raw, err := readRegular(path)
 		if err != nil {
 			return nil, manifest.ReadFailed(p, errors.Is(err, fs.ErrNotExist), err)
 		}
 		return raw, nil
 	}
+}
+
+// readRegular reads a manifest or a file that one names. What lies in a cloned
+// repository may be a FIFO, which would hold us up for ever, or have no end.
+func readRegular(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	switch fi, err := f.Stat(); {
+	case err != nil:
+		return nil, err
+	case !fi.Mode().IsRegular():
+		return nil, &fs.PathError{Op: "read", Path: path, Err: errors.New("not a regular file")}
+	case fi.Size() > manifest.MaxBytes:
+		return nil, &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf("larger than %d MiB", manifest.MaxBytes>>20)}
+	}
+	return io.ReadAll(io.LimitReader(f, manifest.MaxBytes))
 }
 
 func (v *vm) trust(file string) error {
@@ -60,7 +81,7 @@ func (v *vm) trust(file string) error {
 		return fault.New(fault.NoInput, "no_manifest", "manifest: %w", err).WithHint("give it with -m")
 	}
 	base := filepath.Dir(path)
-	raw, err := os.ReadFile(path)
+	raw, err := readRegular(path)
 	if err != nil {
 		return fault.New(fault.NoInput, "no_manifest", "manifest: %w", err)
 	}

@@ -159,7 +159,7 @@ func (s *starter) place(context.Context) error {
 	if s.bottle.Manifest.Name == "-" {
 		return nil
 	}
-	raw, err := os.ReadFile(filepath.Join(base, s.bottle.Manifest.Name))
+	raw, err := readRegular(filepath.Join(base, s.bottle.Manifest.Name))
 	if err != nil {
 		return fault.New(fault.NoInput, "no_manifest", "the manifest of this plan: %w", err).
 			WithHint("run up in the manifest's folder, or give --dir")
