@@ -198,11 +198,7 @@ func (p *Proc) help(c *Command) string {
 			first = false
 		}
 		kind, text := flag.UnquoteUsage(f)
-		dash := "--"
-		if len(f.Name) == 1 {
-			dash = "-"
-		}
-		name := strings.TrimRight(dash+f.Name+" "+kind, " ")
+		name := strings.TrimRight(dashed(f.Name)+" "+kind, " ")
 		if p.flags[c.FlagSet] != nil && p.flags[c.FlagSet].ambient[f.Name] {
 			text += " [$" + EnvName(f.Name) + "]"
 		}

@@ -124,6 +124,9 @@ func (p *Proc) Run(ctx context.Context, root *Command) int {
 	case err != nil:
 		return p.Report(usage(root, err))
 	}
+	if err := misplaced(root); err != nil {
+		return p.Report(err)
+	}
 	if err := p.applyEnv(root); err != nil {
 		return p.Report(err)
 	}
@@ -200,6 +203,30 @@ func usage(c *Command, err error) error {
 	}
 	text := strings.TrimPrefix(err.Error(), "error parsing commandline arguments: ")
 	return fault.New(fault.Usage, "usage", "%s", flagText(text)).WithHint("see %s --help", parsed(c))
+}
+
+// misplaced refuses flags before a verb: they would be read and not used.
+func misplaced(root *Command) error {
+	for _, sub := range root.Subcommands {
+		if !sub.FlagSet.Parsed() {
+			continue
+		}
+		var err error
+		root.FlagSet.Visit(func(f *flag.Flag) {
+			err = fault.New(fault.Usage, "usage", "%s stands before the verb %s", dashed(f.Name), sub.Name).
+				WithHint("flags come behind it; see %s --help", sub.FlagSet.Name())
+		})
+		return err
+	}
+	return nil
+}
+
+// dashed is a flag as it is written.
+func dashed(name string) string {
+	if len(name) == 1 {
+		return "-" + name
+	}
+	return "--" + name
 }
 
 // oneDash finds how package flag writes a flag: -name, with one dash.

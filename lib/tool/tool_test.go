@@ -96,6 +96,7 @@ func TestFlags(t *testing.T) {
 		{"days", nil, []string{"verb", "--min-age", "2d"}, 0, `["",false,null,"48h0m0s",[]]`},
 		{"flag behind an argument", nil, []string{"verb", "a", "--apply"}, 64, "flags come first: --apply a"},
 		{"unknown flag", nil, []string{"verb", "--nope"}, 64, "no such flag: --nope; see tool verb --help"},
+		{"flag before the verb", nil, []string{"--pretty", "verb"}, 64, "--pretty stands before the verb verb; flags come behind it; see tool verb --help"},
 		{"leftover argument", nil, []string{"nope"}, 64, `unexpected argument "nope"`},
 		{"help", nil, []string{"verb", "--help"}, 0, "usage: tool verb"},
 		{"version", nil, []string{"--version"}, 0, "tool devel"},

@@ -59,7 +59,7 @@ ended it; 124 on --timeout; 125 when bottle-vm itself failed.
 }
 
 func (v *vm) exec(ctx context.Context, f *execFlags, args []string) (int, error) {
-	if len(v.guest) == 0 && !f.agent {
+	if len(v.guest) == 0 && (!f.agent || len(args) > 1) {
 		return 0, noCommand(args)
 	}
 	id, err := oneArg(args)
