@@ -76,8 +76,13 @@ func Run(ctx context.Context, stdin io.Reader, reply io.WriteCloser, log *os.Fil
 	}
 	k.roots = roots
 	var started *engine.Started
+	var control net.Listener
 	if err == nil {
 		started, err = k.start(ctx)
+	}
+	if err == nil {
+		// Before up says that the bottle is there: the next command asks for it.
+		control, err = k.control()
 	}
 	if err != nil {
 		k.logf("start failed: %v", err)
@@ -89,6 +94,7 @@ func Run(ctx context.Context, stdin io.Reader, reply io.WriteCloser, log *os.Fil
 		_ = send(reply, r) // the caller may be gone, with or without it
 		return err
 	}
+	defer control.Close()
 	if err := send(reply, Reply{Document: k.doc.Line(), Warnings: k.guard.report()}); err != nil {
 		// An up that was killed: nobody knows of the bottle.
 		k.logf("who started the bottle is gone: %v", err)
@@ -369,12 +375,6 @@ func (k *keeper) finish(s *engine.Started) error {
 
 // serve keeps the bottle until it is to be removed.
 func (k *keeper) serve(ctx context.Context, s *engine.Started) {
-	control, err := k.control()
-	if err != nil {
-		k.logf("%v", err)
-		return
-	}
-	defer control.Close()
 	owner := make(chan struct{})
 	if k.rec.Owner != nil {
 		go func() {
