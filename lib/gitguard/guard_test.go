@@ -568,6 +568,44 @@ func TestInsideOfGitIsRefused(t *testing.T) {
 	}
 }
 
+// A hooks folder in the workspace counts whoever names it: the repository that
+// the workspace is a part of, the main one of a linked worktree, or the user.
+func TestHooksNamedElsewhere(t *testing.T) {
+	for name, tc := range map[string]struct {
+		workspace, want string
+		setUp           func(*fixture)
+	}{
+		"enclosing repository": {"pkg", ".husky", func(f *fixture) { f.git(".", "config", "core.hooksPath", "pkg/.husky") }},
+		"linked worktree": {"../linked", "pkg/.husky", func(f *fixture) {
+			f.git(".", "config", "core.hooksPath", "pkg/.husky")
+			f.git(".", "worktree", "add", "-q", f.top+"/linked")
+		}},
+		"part of a linked worktree": {"../linked/pkg", ".husky", func(f *fixture) {
+			f.git(".", "config", "core.hooksPath", "pkg/.husky")
+			f.git(".", "worktree", "add", "-q", f.top+"/linked")
+		}},
+		"the user's, nested repository": {".", "pkg/.husky", func(f *fixture) {
+			f.git("pkg", "init", "-q")
+			f.write(f.top+"/.gitconfig", "[core]\n\thooksPath = .husky\n")
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(t)
+			f.write("pkg/.husky/pre-commit", "#!/bin/sh\n")
+			f.repo()
+			tc.setUp(f)
+			ws := filepath.Join(f.ws, tc.workspace)
+			g, err := Plan(Options{Workspace: ws, Mode: "rw", Home: f.top})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !slices.Contains(g.Binds, bind(ws, tc.want, true)) {
+				t.Errorf("not pinned: %v", targets(g.Binds))
+			}
+		})
+	}
+}
+
 func TestSymlinkIsRefused(t *testing.T) {
 	for _, name := range []string{".git", ".git/hooks", ".git/config", ".git/info"} {
 		t.Run(name, func(t *testing.T) {

@@ -150,11 +150,8 @@ func Plan(o Options) (*Guard, error) {
 				return nil, err
 			}
 		}
-		if o.Home != "" {
-			own := []string{filepath.Join(o.Home, ".gitconfig"), filepath.Join(o.Home, ".config/git/config")}
-			if err := p.configured(own, "."); err != nil {
-				return nil, err
-			}
+		if err := p.governed(); err != nil {
+			return nil, err
 		}
 	}
 	for _, abs := range o.Conceal {
@@ -312,7 +309,7 @@ func (p *planner) repository(rel string) error {
 	p.known[idOf(fi)] = true
 	if !fi.IsDir() { // it says where the repository is
 		p.binds = append(p.binds, bind(p.opts.Workspace, rel, true))
-		return nil
+		return p.configured(configs(abs), path.Dir(rel))
 	}
 	if len(p.repos) == MaxRepositories {
 		return fault.New(fault.Host, "too_many_repositories", "the workspace %s holds more than %d git repositories", p.opts.Workspace, MaxRepositories).
@@ -359,6 +356,70 @@ func (p *planner) pin(rel string, fi fs.FileInfo) error {
 		p.bares = append(p.bares, rel)
 	}
 	return p.configured([]string{filepath.Join(ws, rel, "config"), filepath.Join(ws, rel, "config.worktree")}, worktree)
+}
+
+// governed pins what is configured elsewhere: by the repositories that the
+// workspace is a part of, and for all of the user's.
+func (p *planner) governed() error {
+	worktrees := []string{"."}
+	for _, rel := range p.found {
+		worktrees = append(worktrees, path.Dir(rel))
+	}
+	ws := filepath.Clean(p.opts.Workspace)
+	for dir := ws; dir != filepath.Dir(dir); {
+		dir = filepath.Dir(dir)
+		entry := filepath.Join(dir, ".git")
+		if _, err := os.Lstat(entry); err != nil {
+			continue
+		}
+		rel, err := filepath.Rel(ws, dir)
+		if err != nil {
+			return fault.New(fault.Bug, "bug", "%w", err)
+		}
+		if err := p.configured(configs(entry), rel); err != nil {
+			return err
+		}
+		worktrees = append(worktrees, rel)
+	}
+	own := []string{"/etc/gitconfig"}
+	if p.opts.Home != "" {
+		own = append(own, filepath.Join(p.opts.Home, ".gitconfig"), filepath.Join(p.opts.Home, ".config/git/config"))
+	}
+	for _, rel := range worktrees {
+		if err := p.configured(own, rel); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// configs are the configurations that hold for a .git entry. One that is a file
+// names the git folder of a linked worktree or a submodule, which may share that
+// of another (gitrepository-layout(5)).
+func configs(entry string) []string {
+	dir := entry
+	if to, ok := strings.CutPrefix(firstLine(entry), "gitdir: "); ok {
+		dir = expand(to, filepath.Dir(entry), "")
+	}
+	common := dir
+	if to := firstLine(filepath.Join(dir, "commondir")); to != "" {
+		common = expand(to, dir, "")
+	}
+	return []string{filepath.Join(common, "config"), filepath.Join(dir, "config.worktree")}
+}
+
+// firstLine of a small regular file, or "".
+func firstLine(file string) string {
+	fi, err := os.Lstat(file)
+	if err != nil || !fi.Mode().IsRegular() || fi.Size() > maxConfig {
+		return ""
+	}
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		return ""
+	}
+	line, _, _ := strings.Cut(string(raw), "\n")
+	return strings.TrimSpace(line)
 }
 
 func symlinked(abs string) error {
