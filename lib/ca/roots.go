@@ -24,8 +24,9 @@ var bundles = []string{
 
 // SystemRoots is the host's bundle of trusted roots as PEM: the file that
 // SSL_CERT_FILE names, or else the first of the usual places that has any
-// certificate. The result holds certificates only. A host without any is a
-// fault (78), as is a SSL_CERT_FILE that cannot be used.
+// certificate. It is passed on as it is, unparsed, since every start of a
+// bottle reads it; only a file with keys in it is reduced to its certificates.
+// A host without any is a fault (78), as is a SSL_CERT_FILE that cannot be used.
 func SystemRoots() ([]byte, error) {
 	return systemRoots(os.Getenv("SSL_CERT_FILE"), bundles)
 }
@@ -37,7 +38,7 @@ func systemRoots(file string, places []string) ([]byte, error) {
 			return nil, fault.New(fault.Host, "no_system_roots", "SSL_CERT_FILE: %w", err).
 				WithHint("unset SSL_CERT_FILE, or let it name a PEM file")
 		}
-		if b = Certificates(b); len(b) == 0 {
+		if b = bundle(b); len(b) == 0 {
 			return nil, fault.New(fault.Host, "no_system_roots", "SSL_CERT_FILE: %s holds no certificate", file).
 				WithHint("unset SSL_CERT_FILE, or let it name a PEM file")
 		}
@@ -48,12 +49,30 @@ func systemRoots(file string, places []string) ([]byte, error) {
 		if err != nil {
 			continue
 		}
-		if b = Certificates(b); len(b) > 0 {
+		if b = bundle(b); len(b) > 0 {
 			return b, nil
 		}
 	}
 	return nil, fault.New(fault.Host, "no_system_roots", "no trusted roots found in %s", strings.Join(places, ", ")).
 		WithHint("install the package ca-certificates, or set SSL_CERT_FILE")
+}
+
+// bundle gives text if it can be a guest's, what of it can be, or nothing.
+func bundle(text []byte) []byte {
+	if bytes.Contains(text, []byte("PRIVATE KEY-----")) {
+		return Certificates(text)
+	}
+	begin := bytes.Index(text, []byte("-----BEGIN CERTIFICATE-----"))
+	if begin < 0 {
+		return nil
+	}
+	// The first one tells a bundle from a text that only looks like one.
+	if block, _ := pem.Decode(text[begin:]); block == nil {
+		return nil
+	} else if _, err := x509.ParseCertificate(block.Bytes); err != nil {
+		return Certificates(text)
+	}
+	return append(bytes.TrimRight(text, "\n"), '\n')
 }
 
 // Certificates keeps the certificates of a PEM text that parse, and nothing

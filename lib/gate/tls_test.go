@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/audit"
+	"github.com/bottle-tools/bottle/lib/ca"
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
@@ -643,7 +644,14 @@ func TestNewNeedsCA(t *testing.T) {
 	if _, err := New(Config{Bottle: b, RootsPEM: [][]byte{world().pem}}); err == nil {
 		t.Error("an inspected host without a CA")
 	}
-	if _, err := New(Config{Bottle: &plan.Bottle{}}); err == nil {
-		t.Error("no roots")
+	authority, err := ca.New("b", []string{"api.test"}, time.Now(), time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(Config{Bottle: b, CA: authority}); err == nil {
+		t.Error("an inspected host without roots to verify it with")
+	}
+	if _, err := New(Config{Bottle: &plan.Bottle{}}); err != nil {
+		t.Errorf("a gate that verifies nothing needs no roots: %v", err)
 	}
 }
