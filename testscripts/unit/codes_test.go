@@ -76,7 +76,9 @@ func TestCodes(t *testing.T) {
 		{"no_such_engine", fault.Host, first(engines.Find("docker"))},
 		{"too_many_rules", fault.Data, first(policy.Compile(rules(policy.MaxPerHost + 1)))},
 		{"egress_rule", fault.Data, first(pipelock.YAML(&plan.Bottle{Egress: plan.Policy{Rules: []plan.Rule{{Host: "*.com", Ports: []int{443}, Protocol: "tls", Verdict: "allow", Class: "wildcard"}}}}))},
-		{"no_system_roots", fault.Host, first(gate.New(gate.Config{Bottle: &plan.Bottle{}, Audit: closed}))},
+		{"no_system_roots", fault.Host, first(gate.New(gate.Config{Bottle: &plan.Bottle{
+			Egress:  plan.Policy{Rules: rules(1)},
+			Secrets: []plan.Secret{{Name: "K", From: "env:K", Inject: []plan.Injection{{Host: "a.example.com", Header: "x-key"}}}}}, Audit: closed, CA: authority}))},
 		{"bad_injection", fault.Data, first(gate.New(gate.Config{Bottle: &plan.Bottle{
 			Egress:  plan.Policy{Rules: rules(1)},
 			Secrets: []plan.Secret{{Name: "K", From: "env:K", Inject: []plan.Injection{{Host: "a.example.com", Header: "two words"}}}}}, Audit: closed, CA: authority, RootsPEM: [][]byte{systemRoot(t)}}))},
