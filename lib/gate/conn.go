@@ -154,6 +154,22 @@ func (c *httpConn) refuse() error {
 	return io.EOF
 }
 
+// drain takes what a client still sends of a body after the last answer of the
+// connection: many look for an answer only once all is sent, and a reset could
+// take it from them.
+func (c *httpConn) drain() {
+	buf := make([]byte, 8<<10)
+	for until := time.Now().Add(c.gate.limits.handshake); time.Now().Before(until); {
+		c.mu.Lock()
+		c.aborted = true // the transport may be reading the body, too, and would extend
+		_ = c.Conn.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+		c.mu.Unlock()
+		if _, err := c.Conn.Read(buf); err != nil {
+			return
+		}
+	}
+}
+
 // lingerClose ends the writing side first: closing at once with bytes unread
 // would reset the connection and take the answer with it.
 func lingerClose(c net.Conn) {

@@ -164,6 +164,10 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 	_ = rc.EnableFullDuplex()
 	defer x.end(began)
 	g.forward.ServeHTTP(w, r)
+	if x.sent != nil && !x.sent.ended.Load() {
+		x.flush()
+		connOf(r).drain()
+	}
 }
 
 // shapeOf refuses what no rule could allow.

@@ -187,15 +187,14 @@ func TestBodyIsNeverARequest(t *testing.T) {
 			mu.Lock()
 			seen = append(seen, r.URL.Path)
 			mu.Unlock()
-			early := r.URL.Path == "/early"
-			if !early {
+			if r.URL.Path != "/early" {
 				io.Copy(io.Discard, r.Body)
+				io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nno")
+				continue
 			}
-			io.WriteString(c, "HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
-			if early {
-				io.Copy(io.Discard, c)
-				return
-			}
+			io.WriteString(c, "HTTP/1.1 413 Too Large\r\nConnection: close\r\nContent-Length: 2\r\n\r\nno")
+			io.Copy(io.Discard, c)
+			return
 		}
 	})
 	at := hostPort("ok.test", port)
@@ -229,8 +228,21 @@ func TestBodyIsNeverARequest(t *testing.T) {
 		}
 	}
 
-	// A body that was read to its end leaves the connection as it is.
+	// A client that sends all before it reads gets its answer, too.
+	big := make([]byte, 8<<20)
 	conn := g.dial()
+	if _, err := io.WriteString(conn, head("/early")+fmt.Sprintf("Content-Length: %d\r\n\r\n", len(big))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Write(big); err != nil {
+		t.Errorf("sending the rest: %v", err)
+	}
+	if b, err := io.ReadAll(conn); err != nil || !bytes.HasPrefix(b, []byte("HTTP/1.1 413 ")) || !bytes.HasSuffix(b, []byte("\r\n\r\nno")) {
+		t.Errorf("%q %v", b, err)
+	}
+
+	// A body that was read to its end leaves the connection as it is.
+	conn = g.dial()
 	br := bufio.NewReader(conn)
 	for range 20 {
 		for _, rest := range []string{"Content-Length: 3\r\n\r\nabc", "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"} {
