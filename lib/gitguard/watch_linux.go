@@ -52,7 +52,7 @@ func (g *Guard) Watch(ctx context.Context, report func(Finding)) error {
 		return err
 	}
 	for ctx.Err() == nil {
-		if err := w.round(); err != nil && ctx.Err() == nil {
+		if err := w.round(ctx); err != nil && ctx.Err() == nil {
 			return err
 		}
 	}
@@ -108,7 +108,7 @@ func (w *watcher) add(pl place) {
 
 // round waits for events and serves them. A look at everything is due when
 // events were lost, and from time to time while something is not watched.
-func (w *watcher) round() error {
+func (w *watcher) round(ctx context.Context) error {
 	var deadline time.Time
 	if w.full {
 		deadline = w.next
@@ -116,8 +116,15 @@ func (w *watcher) round() error {
 	if err := w.events.SetReadDeadline(deadline); err != nil {
 		return fault.New(fault.IO, "watch_failed", "watching the workspace: %w", err)
 	}
+	// The end of ctx sets a deadline too, and must not have been undone just now.
+	if ctx.Err() != nil {
+		return nil
+	}
 	buf := make([]byte, 64<<10)
 	n, err := w.events.Read(buf)
+	if ctx.Err() != nil {
+		return nil // the sweep looks at all there is
+	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return w.all()
 	}
