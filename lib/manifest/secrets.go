@@ -4,11 +4,13 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
-var headerName = regexp.MustCompile("^[a-z0-9!#$%&'*+.^_`|~-]+$")
+// Compiled when it is first needed: every start of a tool would pay for it.
+var headerName = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile("^[a-z0-9!#$%&'*+.^_`|~-]+$") })
 
 // framing are the headers that say where a request starts, ends and goes:
 // no secret belongs there, and injecting one would break the gate's own reading
@@ -169,7 +171,7 @@ func (l *loader) injectionHeader(n node) (string, bool) {
 	}
 	h := strings.ToLower(s)
 	switch {
-	case !headerName.MatchString(h):
+	case !headerName().MatchString(h):
 		l.bad(n, "bad_header", "%s is no header name", "write a name such as x-api-key or authorization", quote(s))
 	case slices.Contains(framing, h):
 		l.bad(n, "bad_header", "%s is about the request itself and carries no secret", "use the header that the service reads its key from", quote(s))

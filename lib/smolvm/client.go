@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -26,7 +27,8 @@ const (
 	drainTime      = 500 * time.Millisecond
 )
 
-var ansi = regexp.MustCompile("\x1b\\[[0-9;?]*[ -/]*[@-~]")
+// Compiled when it is first needed: every start of a tool would pay for it.
+var ansi = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile("\x1b\\[[0-9;?]*[ -/]*[@-~]") })
 
 // Client runs one smolvm program. Make it with Open, which finds out the
 // version; the zero Version is refused by every call that depends on it.

@@ -199,7 +199,7 @@ func bound(s string, n int) string {
 // oneLine makes what smolvm printed fit for a one-line message: no control
 // characters (a guest may have had a say in it), no terminal colours.
 func oneLine(s string) string {
-	s = ansi.ReplaceAllString(s, "")
+	s = ansi().ReplaceAllString(s, "")
 	var lines []string
 	for _, l := range strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' }) {
 		l = strings.TrimSpace(strings.Map(func(r rune) rune {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"regexp"
 	"strconv"
+	"sync"
 )
 
 // Version is a release of smolvm: major, minor, patch.
@@ -23,11 +24,14 @@ var (
 	sinceErrorFormat = Version{1, 32, 0} // --error-format json
 )
 
-var versionLine = regexp.MustCompile(`^smolvm (\d{1,6})\.(\d{1,6})\.(\d{1,6})(?:[-+.][0-9A-Za-z.+-]*)?$`)
+// Compiled when it is first needed: every start of a tool would pay for it.
+var versionLine = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^smolvm (\d{1,6})\.(\d{1,6})\.(\d{1,6})(?:[-+.][0-9A-Za-z.+-]*)?$`)
+})
 
 // ParseVersion reads the line that "smolvm --version" prints: "smolvm X.Y.Z".
 func ParseVersion(line string) (Version, error) {
-	m := versionLine.FindStringSubmatch(line)
+	m := versionLine().FindStringSubmatch(line)
 	if m == nil {
 		return Version{}, fmt.Errorf("not a smolvm version: %q", bound(line, 80))
 	}

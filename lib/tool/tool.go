@@ -41,6 +41,7 @@ import (
 	"os/signal"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -230,11 +231,12 @@ func dashed(name string) string {
 }
 
 // oneDash finds how package flag writes a flag: -name, with one dash.
-var oneDash = regexp.MustCompile(`((?:: )|(?:flag ))-([a-z]{2})`)
+// Compiled when it is first needed: every start of a tool would pay for it.
+var oneDash = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`((?:: )|(?:flag ))-([a-z]{2})`) })
 
 // flagText writes flags as the help does.
 func flagText(s string) string {
-	return oneDash.ReplaceAllString(strings.Replace(s, "flag provided but not defined", "no such flag", 1), "${1}--$2")
+	return oneDash().ReplaceAllString(strings.Replace(s, "flag provided but not defined", "no such flag", 1), "${1}--$2")
 }
 
 // parsed is the command whose flags were read last: the verb, or the tool.
