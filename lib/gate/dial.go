@@ -283,7 +283,7 @@ func proxyRefusal(resp *http.Response, host string, port int) *Refusal {
 	case resp.StatusCode >= 500:
 		return failed("upstream_unreachable", host, port, reason)
 	}
-	return refused("proxy_refused", host, port, reason, "see bottle-egress explain, and the proxy's own log")
+	return refused("proxy_refused", host, port, reason, "pipelock refused it; bottle-vm logs has its own words")
 }
 
 // printable keeps one line of plain text.

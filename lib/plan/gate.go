@@ -96,6 +96,9 @@ func Gate(b []byte) error {
 	}
 	g := gate{dec: jsontext.NewDecoder(bytes.NewReader(b)), size: len(b)}
 	if k := g.dec.PeekKind(); k != '{' && k != jsontext.KindInvalid {
+		if _, err := g.dec.ReadToken(); err != nil {
+			return g.syntax(err) // "nonsense" begins like null
+		}
 		return fault.New(fault.Data, "not_an_object", "document is %s, not a JSON object", kindName(k)).
 			WithHint("pipe the output of bottle-plan into this command")
 	}

@@ -20,6 +20,7 @@ func TestGateRefuses(t *testing.T) {
 		{"array", "[]", "not_an_object"},
 		{"null", "null", "not_an_object"},
 		{"word", "hello", "bad_json"},
+		{"word that begins like null", "nonsense", "bad_json"},
 		{"duplicate member", `{"format_version":"1.0","bottle":{},"bottle":{}}`, "duplicate_member"},
 		{"duplicate through an escape", `{"format_version":"1.0","x-a":1,"x-\u0061":2}`, "duplicate_member"},
 		{"duplicate deep inside what nobody owns", `{"format_version":"1.0","x-a":[{"b":{"c":1,"c":2}}]}`, "duplicate_member"},

@@ -182,7 +182,7 @@ The audit log outlives its bottle: bottle-vm status says where it lies.
 			if err != nil {
 				return err
 			}
-			paths := []string{b.Path("keeper.log"), b.Path("engine.log")}
+			paths := []string{b.Path("keeper.log"), b.Path("engine.log"), b.Path("pipelock/pipelock.log")}
 			if auditLog {
 				paths = []string{b.Root.Audit(b.ID)}
 			}

@@ -354,6 +354,7 @@ func (s *starter) secrets(ctx context.Context) error {
 		s.p.Warn("secret %s is missing: %s; its first use will be answered with 403 secret_missing", m.Name, m.Why)
 	}
 	s.cfg.Secrets, s.cfg.UserHome = values, s.p.Getenv("HOME")
+	s.announce()
 	for _, sec := range s.bottle.Secrets {
 		if file, ok := strings.CutPrefix(sec.From, "file:"); ok {
 			path, err := s.vm.place(s.base).Path(file)
@@ -364,6 +365,29 @@ func (s *starter) secrets(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// announce tells which variables of this environment go to hosts that no preset
+// vouches for: unlike files and commands they need no trust, and a cloned
+// manifest can name any of them.
+func (s *starter) announce() {
+	vouched := map[string]bool{}
+	for _, r := range s.bottle.Egress.Rules {
+		if r.Verdict == "allow" && strings.HasPrefix(r.From, "preset ") {
+			vouched[r.Host] = true
+		}
+	}
+	for _, sec := range s.bottle.Secrets {
+		name, env := strings.CutPrefix(sec.From, "env:")
+		if _, set := s.cfg.Secrets[sec.Name]; !env || !set {
+			continue
+		}
+		for _, in := range sec.Inject {
+			if !vouched[in.Host] {
+				s.p.Warn("the manifest sends the value of your $%s to %s, in header %s", name, in.Host, in.Header)
+			}
+		}
+	}
 }
 
 // start makes the bottle's folder and hands over to its keeper.
