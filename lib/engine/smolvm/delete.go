@@ -45,8 +45,15 @@ func (e *Engine) remove(ctx context.Context, c *smolvm.Client, id, dir string) e
 		if err := ours(m); err != nil {
 			return err
 		}
-		if err := c.MachineDelete(ctx, id); err != nil && !errors.Is(err, smolvm.ErrNotFound) {
-			errs = append(errs, err)
+		gone := func(err error) bool { return err == nil || errors.Is(err, smolvm.ErrNotFound) }
+		if err := c.MachineDelete(ctx, id); !gone(err) {
+			// A monitor that still writes into the folder that smolvm is removing
+			// ("Directory not empty"): once it is gone, smolvm can.
+			if _, kerr := killMonitors(ctx, dirs); kerr != nil {
+				errs = append(errs, err, kerr)
+			} else if err := c.MachineDelete(ctx, id); !gone(err) {
+				errs = append(errs, err)
+			}
 		}
 	}
 	_, err = killMonitors(ctx, dirs)
