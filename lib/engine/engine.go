@@ -144,7 +144,7 @@ type Engine interface {
 // Usage is what a guest uses.
 type Usage struct {
 	MemoryBytes int64
-	Pids        int
+	Pids        int // without what the guest helper may use
 }
 
 // Meter is an engine that can tell what a guest uses, for limits that the

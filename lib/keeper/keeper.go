@@ -58,8 +58,9 @@ type keeper struct {
 	phase  string // state.Starting | state.Ready | stopped
 	reason string
 
-	ended  chan struct{} // the guest has ended
-	ending sync.Mutex    // held by the one that ends the bottle
+	ended  chan struct{} // the guest has ended, for this reason
+	why    string
+	ending sync.Mutex // held by the one that ends the bottle
 }
 
 const stopped = state.Stopped
@@ -213,7 +214,7 @@ func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
 	if err := k.awaitGuest(ctx, ready); err != nil {
 		return nil, err
 	}
-	k.monitor = startMonitor(k)
+	k.monitor = startMonitor(k, started.Enforcement)
 	k.guard.watch(k)
 	return started, k.finish(started)
 }
@@ -327,9 +328,10 @@ func (k *keeper) accept(l *net.UnixListener) {
 }
 
 func (k *keeper) watchGuest(s *engine.Started) {
-	err := s.Wait(context.Background())
-	if err != nil {
-		k.logf("the guest ended: %v", err)
+	k.why = "the guest ended by itself"
+	if err := s.Wait(context.Background()); err != nil {
+		k.why = fmt.Sprintf("the guest ended: %v", err)
+		k.logf("%s", k.why)
 	}
 	close(k.ended)
 }
@@ -393,7 +395,7 @@ func (k *keeper) serve(ctx context.Context, s *engine.Started) {
 			k.logf("the owner, process %d, is gone", k.rec.Owner.PID)
 			return
 		case <-ended:
-			k.halt("the guest ended by itself")
+			k.halt(k.why)
 			ended = nil
 		}
 	}

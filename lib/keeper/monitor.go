@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/plan"
 )
 
 const sampleEvery = 500 * time.Millisecond
@@ -18,19 +19,19 @@ type monitor struct {
 	once sync.Once
 }
 
-// startMonitor starts nothing, and returns nil, where no limit is watched.
-func startMonitor(k *keeper) *monitor {
-	r := k.plan.Resources
+// startMonitor starts nothing, and returns nil, where no limit is watched: what
+// something else holds is not a reason to end a guest.
+func startMonitor(k *keeper, held plan.Enforcement) *monitor {
 	meter, ok := k.eng.(engine.Meter)
-	if r.Enforcement != "watched" || !ok || r.MemoryMiB == 0 && r.Pids == 0 {
+	if !ok || held.Memory != "watched" && held.Pids != "watched" {
 		return nil
 	}
 	m := &monitor{quit: make(chan struct{})}
-	go m.run(k, meter)
+	go m.run(k, meter, held)
 	return m
 }
 
-func (m *monitor) run(k *keeper, meter engine.Meter) {
+func (m *monitor) run(k *keeper, meter engine.Meter, held plan.Enforcement) {
 	ref := engine.Ref{ID: k.cfg.ID, Dir: k.bottle.Dir, RunDir: k.rec.RunDir, Bottle: k.plan}
 	tick := time.NewTicker(sampleEvery)
 	defer tick.Stop()
@@ -54,19 +55,18 @@ func (m *monitor) run(k *keeper, meter engine.Meter) {
 			continue
 		}
 		failures = 0
-		if over := overLimit(k, u); over != "" {
+		if over := overLimit(k.plan.Resources, held, u); over != "" {
 			_ = k.halt(over)
 			return
 		}
 	}
 }
 
-func overLimit(k *keeper, u engine.Usage) string {
-	r := k.plan.Resources
+func overLimit(r plan.Resources, held plan.Enforcement, u engine.Usage) string {
 	switch {
-	case r.MemoryMiB > 0 && u.MemoryBytes > int64(r.MemoryMiB)<<20:
+	case held.Memory == "watched" && u.MemoryBytes > int64(r.MemoryMiB)<<20:
 		return fmt.Sprintf("it used %d MiB of memory, its limit is %d (watched)", u.MemoryBytes>>20, r.MemoryMiB)
-	case r.Pids > 0 && u.Pids > r.Pids:
+	case held.Pids == "watched" && u.Pids > r.Pids:
 		return fmt.Sprintf("it had %d processes, its limit is %d (watched)", u.Pids, r.Pids)
 	}
 	return ""

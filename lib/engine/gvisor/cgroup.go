@@ -166,6 +166,25 @@ func limit(dir string, memory, cpu, v2 bool, r plan.Resources) error {
 	return nil
 }
 
+// verdict is an error if the kernel has killed for want of memory in one of the
+// groups: then that is why the guest ended.
+func (c cgroupSet) verdict(r plan.Resources) error {
+	for _, d := range c.dirs {
+		for _, name := range []string{"memory.events", "memory.oom_control"} { // v2, v1
+			b, err := os.ReadFile(filepath.Join(d, name))
+			if err != nil {
+				continue // another controller's group
+			}
+			for line := range strings.Lines(string(b)) {
+				if f := strings.Fields(line); len(f) == 2 && f[0] == "oom_kill" && f[1] != "0" {
+					return fmt.Errorf("it was above its memory limit of %d MiB", r.MemoryMiB)
+				}
+			}
+		}
+	}
+	return nil
+}
+
 // writeCgroup never creates: a file that is missing is a controller that is.
 func writeCgroup(name, value string) error {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_TRUNC, 0)

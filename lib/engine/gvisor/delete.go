@@ -188,7 +188,7 @@ func (e *Engine) Usage(ctx context.Context, r engine.Ref) (engine.Usage, error) 
 	if err != nil {
 		return engine.Usage{}, asFault(err)
 	}
-	return engine.Usage{MemoryBytes: st.MemoryBytes, Pids: st.Pids}, nil
+	return engine.Usage{MemoryBytes: st.MemoryBytes, Pids: max(0, st.Pids-helperTasks)}, nil
 }
 
 // checkLimit is how long a throw-away guest may take; a good host takes 0.2 s.

@@ -71,7 +71,7 @@ func TestBottleLifecycle(t *testing.T) {
 	if alive, err := b.Alive(ctx, b.ref); err != nil || !alive {
 		t.Errorf("alive: %v, %v", alive, err)
 	}
-	if u, err := b.Usage(ctx, b.ref); err != nil || u.MemoryBytes < 1<<20 || u.Pids < 1 {
+	if u, err := b.Usage(ctx, b.ref); err != nil || u.MemoryBytes < 1<<20 {
 		t.Errorf("usage: %+v, %v", u, err)
 	}
 	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
@@ -383,6 +383,24 @@ for k in kids: os.kill(k, 9)`)
 		if err == nil {
 			t.Error("600 MiB fit into 300")
 		}
+		if err := b.started.Wait(context.Background()); err == nil || !strings.Contains(err.Error(), "memory limit of 300 MiB") {
+			t.Errorf("the guest's end: %v", err)
+		}
+	}
+}
+
+// What the guest's root takes out of its group is still counted.
+func TestBottleUsageOfRoot(t *testing.T) {
+	s := newSpec(t, "rooted-00000001")
+	s.Bottle.User = "root"
+	s.Bottle.Resources = plan.Resources{Pids: 5, Enforcement: "watched"}
+	b := start(t, s, nil)
+	if b.started.Enforcement.Pids != "watched" {
+		t.Errorf("enforcement %+v", b.started.Enforcement)
+	}
+	b.sh(t, "echo $$ > /sys/fs/cgroup/cgroup.procs; for i in $(seq 40); do sleep 60 >/dev/null 2>&1 & done")
+	if u, err := b.Usage(context.Background(), b.ref); err != nil || u.Pids < 40-helperTasks || u.Pids > 40 {
+		t.Errorf("usage with 40 processes: %+v, %v", u, err)
 	}
 }
 

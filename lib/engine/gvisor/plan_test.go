@@ -75,7 +75,7 @@ func TestEnforcement(t *testing.T) {
 		{"a cgroup is better than watching", plan.Resources{MemoryMiB: 1, Enforcement: "watched"}, cg, plan.Enforcement{Memory: "cgroup", CPUs: "none", Pids: "none"}, false},
 		{"refused", plan.Resources{MemoryMiB: 1}, cgroupParents{}, plan.Enforcement{}, true},
 	} {
-		got, err := enforcement(c.r, c.p)
+		got, err := enforcement("agent", c.r, c.p)
 		if c.refused {
 			if f := fault.As(err); f == nil || f.Exit != fault.Host || f.Code != "limit_unenforceable" {
 				t.Errorf("%s: %v", c.name, err)
@@ -84,6 +84,34 @@ func TestEnforcement(t *testing.T) {
 		}
 		if err != nil || got != c.want {
 			t.Errorf("%s: %+v, %v", c.name, got, err)
+		}
+	}
+}
+
+// The guest's root can leave the group in which its processes are counted.
+func TestEnforcementForRoot(t *testing.T) {
+	_, err := enforcement("root", plan.Resources{Pids: 1}, cgroupParents{})
+	if f := fault.As(err); f == nil || f.Exit != fault.Host || f.Code != "limit_unenforceable" {
+		t.Errorf("not watched: %v", err)
+	}
+	got, err := enforcement("root", plan.Resources{Pids: 1, Enforcement: "watched"}, cgroupParents{})
+	if want := (plan.Enforcement{Memory: "none", CPUs: "none", Pids: "watched"}); err != nil || got != want {
+		t.Errorf("watched: %+v, %v", got, err)
+	}
+}
+
+func TestVerdict(t *testing.T) {
+	for content, want := range map[string]bool{
+		"oom_kill_disable 0\nunder_oom 0\noom_kill 0\n": false,
+		"oom_kill_disable 1\nunder_oom 0\noom_kill 2\n": true,
+	} {
+		v1 := cgroupTree(t, map[string]string{"memory.oom_control": content})
+		v2 := cgroupTree(t, map[string]string{"memory.events": "low 0\noom 1\n" + content})
+		for _, dir := range []string{v1, v2} {
+			set := cgroupSet{dirs: []string{t.TempDir(), dir}}
+			if err := set.verdict(plan.Resources{MemoryMiB: 7}); (err != nil) != want {
+				t.Errorf("%q: %v", content, err)
+			}
 		}
 	}
 }
