@@ -325,12 +325,15 @@ func TestRunCtrlC(t *testing.T) {
 			w.Gone()
 		}
 		for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP} {
-			p := newTerm(t, w, 24, 80, "bottle", "run", "bash", "--", "sh", "-c", "echo begun; exec sleep 1")
+			begun := time.Now()
+			p := newTerm(t, w, 24, 80, "bottle", "run", "bash", "--", "sh", "-c", "echo begun; exec sleep "+map[syscall.Signal]string{syscall.SIGTERM: "60", syscall.SIGHUP: "1"}[sig])
 			p.expect("begun")
 			_ = p.cmd.Process.Signal(sig)
-			if code := p.wait(); code != 128+int(sig) {
-				t.Errorf("%s: exit %d", sig, code)
+			if code := p.wait(); code != 128+int(sig) || time.Since(begun) > 30*time.Second {
+				t.Errorf("%s: exit %d after %s", sig, code, time.Since(begun))
 			}
+			// TERM ends the driver at once; the keeper sees its owner gone.
+			harness.Eventually(t, 5*time.Second, func() string { return w.OK("bottle-vm ls") })
 			w.Gone()
 		}
 	})
