@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 
 	"golang.org/x/sys/unix"
 
@@ -50,6 +51,8 @@ func Run(configPath string, stderr io.Writer) error {
 	if err := ready(); err != nil {
 		return err
 	}
+	// The engine may have started it with one, which is quicker.
+	runtime.GOMAXPROCS(runtime.NumCPU())
 	reap(gone)
 	return errors.New("the keeper is gone, and the guest ends with it")
 }
