@@ -37,13 +37,15 @@ type gateKeeper struct {
 	quit   chan struct{}
 	done   chan struct{}
 	once   sync.Once
+	first  func() (*gateproc.Process, error) // waits until the first gate was launched
 
 	mu         sync.Mutex
 	proc       *gateproc.Process // nil while down
 	supervised bool              // supervise will close done
 }
 
-// startGate starts the first gate; the supervisor takes over from there.
+// startGate begins to start the first gate; what comes of it awaitReady tells.
+// The supervisor takes over from there.
 func startGate(k *keeper) (*gateKeeper, error) {
 	if err := k.root.MakeAudit(); err != nil {
 		return nil, err
@@ -53,11 +55,12 @@ func startGate(k *keeper) (*gateKeeper, error) {
 		ID: k.cfg.ID, Bottle: k.plan, Base: k.cfg.Base, Secrets: k.cfg.Secrets, CA: k.caPEM,
 		Audit: k.root.Audit(k.cfg.ID), Upstream: k.proxy.addr(),
 	}
-	p, err := g.launch()
-	if err != nil {
-		return nil, err
-	}
-	g.set(p)
+	g.first = sync.OnceValues(func() (*gateproc.Process, error) {
+		p, err := g.launch()
+		g.set(p)
+		return p, err
+	})
+	go g.first()
 	return g, nil
 }
 
@@ -88,7 +91,10 @@ func (g *gateKeeper) get() *gateproc.Process {
 
 // awaitReady waits for the first gate and then starts to supervise it.
 func (g *gateKeeper) awaitReady(ctx context.Context) error {
-	p := g.get()
+	p, err := g.first()
+	if err != nil {
+		return err
+	}
 	if err := p.AwaitReady(ctx); err != nil {
 		return err
 	}
@@ -177,6 +183,7 @@ func (g *gateKeeper) relaunch() *gateproc.Process {
 
 // restart ends the present gate so that the next one takes a new config.
 func (g *gateKeeper) restart() {
+	_, _ = g.first()
 	if p := g.get(); p != nil {
 		g.set(nil)
 		_ = p.Stop(0)
@@ -186,8 +193,12 @@ func (g *gateKeeper) restart() {
 // stop ends the gate for good. It may be called more than once.
 func (g *gateKeeper) stop() error {
 	g.once.Do(func() { close(g.quit) })
+	p, err := g.first()
+	if err != nil {
+		return nil // there never was one
+	}
 	g.mu.Lock()
-	p, supervised := g.proc, g.supervised
+	supervised := g.supervised
 	g.mu.Unlock()
 	if !supervised {
 		return p.Stop(0)
