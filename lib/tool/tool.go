@@ -80,6 +80,7 @@ func OS(name string) *Proc {
 // started something must get to say so, or to take it back.
 func Main(name string, body func(context.Context, *Proc) int) {
 	signal.Ignore(syscall.SIGPIPE)
+	noCore()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	go func() {
 		<-ctx.Done()
@@ -87,6 +88,12 @@ func Main(name string, body func(context.Context, *Proc) int) {
 	}()
 	code := body(ctx, OS(name))
 	os.Exit(code)
+}
+
+// noCore keeps what is in memory, secrets in some of the tools, off the disk when
+// this process or one that it starts dies. Lowering a limit is always allowed.
+func noCore() {
+	_ = syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{})
 }
 
 // Command is ffcli's; Usage, ShortHelp and LongHelp are written by hand.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -194,4 +195,12 @@ func TestAmbientNeedsTheFlag(t *testing.T) {
 	}()
 	p := &Proc{}
 	p.Ambient(p.Flags("x"), "nope")
+}
+
+func TestNoCore(t *testing.T) {
+	noCore()
+	out, err := exec.Command("/bin/sh", "-c", "ulimit -c; ulimit -H -c").Output()
+	if err != nil || string(out) != "0\n0\n" {
+		t.Errorf("a process that was started has core limits %q, %v", out, err)
+	}
 }
