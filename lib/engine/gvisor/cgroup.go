@@ -177,7 +177,7 @@ func (c cgroupSet) verdict(r plan.Resources) error {
 			}
 			for line := range strings.Lines(string(b)) {
 				if f := strings.Fields(line); len(f) == 2 && f[0] == "oom_kill" && f[1] != "0" {
-					return fmt.Errorf("it was above its memory limit of %d MiB", r.MemoryMiB)
+					return fmt.Errorf("the kernel killed processes of it at its memory limit of %d MiB", r.MemoryMiB)
 				}
 			}
 		}
