@@ -45,20 +45,6 @@ func (l *localAddrs) get() ([]netip.Addr, error) {
 	return list, nil
 }
 
-func interfaceAddrs() ([]netip.Addr, error) {
-	addrs, err := net.InterfaceAddrs()
-	if err != nil {
-		return nil, err
-	}
-	list := make([]netip.Addr, 0, len(addrs))
-	for _, a := range addrs {
-		if p, err := netip.ParsePrefix(a.String()); err == nil {
-			list = append(list, p.Addr())
-		}
-	}
-	return list, nil
-}
-
 // reach connects to a host that rule allows. address is the IP:port that was
 // dialled, "" through the upstream proxy. Errors are *Refusal.
 func (g *Gate) reach(ctx context.Context, host string, port int, rule *plan.Rule) (c net.Conn, address string, err error) {

@@ -41,6 +41,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/ca"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/pipelock"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/policy"
 )
@@ -199,7 +200,7 @@ func (g *Gate) defaults() {
 	}
 	g.local.read = g.cfg.Interfaces
 	if g.local.read == nil {
-		g.local.read = interfaceAddrs
+		g.local.read = pipelock.HostAddrs
 	}
 }
 

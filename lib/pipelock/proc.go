@@ -122,7 +122,7 @@ func (p *Program) start(ctx context.Context, o Options) (*Proc, error) {
 		stderr: tail{max: maxOutput},
 	}
 	if proc.run.Own == nil {
-		if proc.run.Own, err = hostAddrs(); err != nil {
+		if proc.run.Own, err = HostAddrs(); err != nil {
 			return nil, fault.New(fault.Unavailable, "proxy_unhealthy", "the host's own addresses: %w", err)
 		}
 	}
@@ -147,7 +147,9 @@ func (p *Program) start(ctx context.Context, o Options) (*Proc, error) {
 	return proc, nil
 }
 
-func hostAddrs() ([]netip.Addr, error) {
+// HostAddrs are the addresses of this host's interfaces, which neither pipelock
+// nor the gate in front of it connects to unless they are named.
+func HostAddrs() ([]netip.Addr, error) {
 	all, err := net.InterfaceAddrs()
 	if err != nil {
 		return nil, err

@@ -183,3 +183,12 @@ func oneArg(args []string) (string, error) {
 	}
 	return "", nil
 }
+
+// theArg takes the id, where a verb has to have one.
+func theArg(args []string) (string, error) {
+	id, err := oneArg(args)
+	if err == nil && id == "" {
+		err = fault.New(fault.Usage, "usage", "which bottle?").WithHint("bottle-vm ls shows the ids")
+	}
+	return id, err
+}

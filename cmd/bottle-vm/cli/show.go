@@ -171,12 +171,9 @@ The audit log outlives its bottle: bottle-vm status says where it lies.
   bottle-vm logs --audit claude | jq 'select(.verdict=="deny")'`,
 		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
-			id, err := oneArg(args)
+			id, err := theArg(args)
 			if err != nil {
 				return err
-			}
-			if id == "" {
-				return fault.New(fault.Usage, "usage", "which bottle?").WithHint("bottle-vm ls shows the ids")
 			}
 			b, _, err := v.find(ctx, id)
 			if err != nil {
@@ -230,12 +227,9 @@ func (v *vm) diffCommand() *tool.Command {
 		LongHelp: `
   bottle-vm diff claude > change.patch; git apply change.patch`,
 		Exec: func(ctx context.Context, args []string) error {
-			id, err := oneArg(args)
+			id, err := theArg(args)
 			if err != nil {
 				return err
-			}
-			if id == "" {
-				return fault.New(fault.Usage, "usage", "which bottle?").WithHint("bottle-vm ls shows the ids")
 			}
 			b, rec, err := v.find(ctx, id)
 			if err != nil {
