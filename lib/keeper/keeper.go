@@ -12,8 +12,10 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"github.com/bottle-tools/bottle/lib/ca"
 	"github.com/bottle-tools/bottle/lib/engine"
@@ -116,8 +118,16 @@ func send(w io.WriteCloser, r Reply) error {
 	return errors.Join(err, w.Close())
 }
 
+// logf writes one line: the guest names files that are told of, and could
+// otherwise fake lines, and move the terminal of whoever reads the log.
 func (k *keeper) logf(format string, args ...any) {
-	fmt.Fprintf(k.log, "%s keeper: %s\n", k.now().UTC().Format(time.RFC3339), fmt.Sprintf(format, args...))
+	line := strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return '?'
+		}
+		return r
+	}, fmt.Sprintf(format, args...))
+	fmt.Fprintf(k.log, "%s keeper: %s\n", k.now().UTC().Format(time.RFC3339), line)
 }
 
 // open takes the config, the lock and the record over from up.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/bottle-tools/bottle/lib/manifest"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -86,5 +87,21 @@ func TestStartThatTheGuardRefuses(t *testing.T) {
 func TestReplyToNobody(t *testing.T) {
 	if err := send(gone{}, Reply{}); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("%v", err)
+	}
+}
+
+// A guest names what is set aside: it writes no line of its own, and nothing
+// that a terminal acts on.
+func TestLogIsOneLine(t *testing.T) {
+	log, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	k := &keeper{log: log, now: func() time.Time { return time.Unix(0, 0) }}
+	k.logf("workspace: %s", "z\x1b[31m\n\u009b2J\r\x7f\xffü/.git")
+	got, err := os.ReadFile(log.Name())
+	if want := "1970-01-01T00:00:00Z keeper: workspace: z?[31m??2J??\ufffdü/.git\n"; err != nil || string(got) != want {
+		t.Errorf("%q, %v", got, err)
 	}
 }
