@@ -713,15 +713,24 @@ func TestLostCovers(t *testing.T) {
 		covers <- b.Source + " " + b.Target
 		return nil
 	})
+	// A file in a folder that is new is met twice, by its event and by the look
+	// into the folder, and may be covered twice.
+	twice := "/empty/file /workspace/app/.env.new"
 	covered := func(want string) {
 		t.Helper()
-		select {
-		case got := <-covers:
-			if got != want {
-				t.Errorf("covered %q, want %q", got, want)
+		for {
+			select {
+			case got := <-covers:
+				if got == twice && want != twice {
+					continue
+				}
+				if got != want {
+					t.Errorf("covered %q, want %q", got, want)
+				}
+				return
+			case <-time.After(10 * time.Second):
+				t.Fatalf("not covered: %q", want)
 			}
-		case <-time.After(10 * time.Second):
-			t.Fatalf("not covered: %q", want)
 		}
 	}
 	findings, stop := watch(t, g)
@@ -736,7 +745,7 @@ func TestLostCovers(t *testing.T) {
 	f.replace("bottle.json", "{ }")
 	covered(f.ws + "/bottle.json /workspace/bottle.json")
 	f.write("app/.env.new", "x")
-	covered("/empty/file /workspace/app/.env.new")
+	covered(twice)
 
 	config := f.ws + "/.git/config /workspace/.git/config"
 	f.git(".", "config", "branch.main.remote", "origin")
