@@ -730,7 +730,9 @@ func TestKilled(t *testing.T) {
 					return Entry{}, err
 				}
 				fmt.Println("unpacking")
-				select {}
+				for { // select {} would be a deadlock, and the end
+					time.Sleep(time.Hour)
+				}
 			})
 		}
 		t.Fatal(err)

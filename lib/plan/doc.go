@@ -127,6 +127,10 @@ func Decode(name string, raw []byte, v any, strict bool) error {
 func jsonReason(err error) string {
 	s := err.Error()
 	s = strings.TrimPrefix(s, "json: ")
+	// The library says one or the other, by chance (errors.go, errorModalVerb).
+	if rest, ok := strings.CutPrefix(s, "unable to "); ok {
+		s = "cannot " + rest
+	}
 	if i := strings.Index(s, " into Go "); i >= 0 {
 		rest := s[i:]
 		s = s[:i]
