@@ -272,9 +272,7 @@ func (k *keeper) spec() (*engine.Spec, error) {
 		HostUID: k.cfg.HostUID, HostGID: k.cfg.HostGID,
 		Log: log, Record: k.record,
 	}
-	for _, e := range k.plan.Env {
-		s.Env = append(s.Env, e.Name+"="+e.Value)
-	}
+	s.Env = k.plan.Environ()
 	guard, err := newGuard(k)
 	if err != nil {
 		log.Close()

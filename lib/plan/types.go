@@ -42,6 +42,15 @@ type Bottle struct {
 	Command   []string    `json:"command"`
 }
 
+// Environ is Env in the form of execve(2): NAME=VALUE.
+func (b *Bottle) Environ() []string {
+	env := make([]string, len(b.Env))
+	for i, e := range b.Env {
+		env[i] = e.Name + "=" + e.Value
+	}
+	return env
+}
+
 // ManifestRef names the manifest a plan came from: base name and the SHA-256 of
 // its bytes, as "sha256:<64 hex>".
 type ManifestRef struct {

@@ -75,7 +75,7 @@ func (v *vm) cp(ctx context.Context, from, to string) error {
 	if err != nil {
 		return err
 	}
-	c := copier{v.p.Warn, eng, engine.Ref{ID: b.ID, Dir: b.Dir, RunDir: rec.RunDir, Bottle: p, Env: guestEnv(p)}}
+	c := copier{v.p.Warn, eng, engine.Ref{ID: b.ID, Dir: b.Dir, RunDir: rec.RunDir, Bottle: p, Env: p.Environ()}}
 	if src.id == "" {
 		return c.in(ctx, src.path, guestPath(dst.path))
 	}

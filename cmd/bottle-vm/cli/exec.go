@@ -99,7 +99,7 @@ func (v *vm) exec(ctx context.Context, f *execFlags, args []string) (int, error)
 		ctx, cancel = context.WithTimeout(ctx, time.Duration(f.timeout))
 		defer cancel()
 	}
-	ref := engine.Ref{ID: b.ID, Dir: b.Dir, RunDir: rec.RunDir, Bottle: p, Env: guestEnv(p)}
+	ref := engine.Ref{ID: b.ID, Dir: b.Dir, RunDir: rec.RunDir, Bottle: p, Env: p.Environ()}
 	code, err := eng.Exec(ctx, ref, q)
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return fault.ExecTimeout, nil
@@ -117,14 +117,6 @@ func noCommand(args []string) error {
 		cmd = strings.Join(args[1:], " ")
 	}
 	return fault.New(fault.Usage, "usage", "no command behind --").WithHint("bottle-vm exec %s -- %s", id, cmd)
-}
-
-func guestEnv(p *plan.Bottle) []string {
-	env := make([]string, len(p.Env))
-	for i, e := range p.Env {
-		env[i] = e.Name + "=" + e.Value
-	}
-	return env
 }
 
 // streams gives the command this process's own. -t adds TERM, the one thing a
