@@ -256,7 +256,7 @@ func proxyDown(host string, port int) *Refusal {
 func proxyRefusal(resp *http.Response, host string, port int) *Refusal {
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<10))
 	resp.Body.Close()
-	reason := "the egress proxy refused it: " + printable(string(text))
+	reason := "the egress proxy refused it: " + strings.TrimSpace(fault.Line(string(text)))
 	switch {
 	case resp.StatusCode == http.StatusServiceUnavailable:
 		f := proxyDown(host, port)
@@ -270,17 +270,6 @@ func proxyRefusal(resp *http.Response, host string, port int) *Refusal {
 		return failed("upstream_unreachable", host, port, reason)
 	}
 	return refused("proxy_refused", host, port, reason, "pipelock refused it; bottle-vm logs has its own words")
-}
-
-// printable keeps one line of plain text.
-func printable(s string) string {
-	s = strings.Map(func(r rune) rune {
-		if r < 0x20 || r == 0x7f || r == 0xfffd {
-			return ' '
-		}
-		return r
-	}, s)
-	return strings.TrimSpace(s)
 }
 
 func isTimeout(err error) bool {

@@ -129,7 +129,7 @@ func TestReadyOnceAndFailedPrintable(t *testing.T) {
 	if ready != 0 || len(failed) != 1 {
 		t.Fatalf("ready %d, failed %d times; the first word counts", ready, len(failed))
 	}
-	if s := failed[0]; len(s) > maxText || strings.ContainsAny(s, "\x1b\n") || !strings.HasPrefix(s, "bad [2Jthing ") {
+	if s := failed[0]; len(s) > maxText || strings.ContainsAny(s, "\x1b\n") || !strings.HasPrefix(s, "bad?[2Jthing ") {
 		t.Errorf("reason is not printable or too long: %q", s)
 	}
 }

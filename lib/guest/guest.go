@@ -10,6 +10,9 @@ package guest
 import (
 	"encoding/json"
 	"fmt"
+	"strings"
+
+	"github.com/bottle-tools/bottle/lib/fault"
 )
 
 // Transports of Config.
@@ -104,18 +107,11 @@ func decode(b []byte) (packet, error) {
 	return p, err
 }
 
-// printable keeps a hostile text from moving a terminal's cursor or faking log
-// lines.
+// printable bounds a hostile text, and keeps it from moving a terminal's cursor
+// or faking log lines.
 func printable(s string) string {
-	if len(s) > maxText {
-		s = s[:maxText]
+	if s = fault.Line(s); len(s) > maxText {
+		s = strings.ToValidUTF8(s[:maxText], "")
 	}
-	out := make([]rune, 0, len(s))
-	for _, r := range s {
-		if r < ' ' || r == 0x7f || (r >= 0x80 && r < 0xa0) || r == 0x2028 || r == 0x2029 {
-			r = ' '
-		}
-		out = append(out, r)
-	}
-	return string(out)
+	return s
 }

@@ -12,10 +12,8 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
-	"strings"
 	"sync"
 	"time"
-	"unicode"
 
 	"github.com/bottle-tools/bottle/lib/ca"
 	"github.com/bottle-tools/bottle/lib/engine"
@@ -121,12 +119,7 @@ func send(w io.WriteCloser, r Reply) error {
 // logf writes one line: the guest names files that are told of, and could
 // otherwise fake lines, and move the terminal of whoever reads the log.
 func (k *keeper) logf(format string, args ...any) {
-	line := strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
-			return '?'
-		}
-		return r
-	}, fmt.Sprintf(format, args...))
+	line := fault.Line(fmt.Sprintf(format, args...))
 	fmt.Fprintf(k.log, "%s keeper: %s\n", k.now().UTC().Format(time.RFC3339), line)
 }
 

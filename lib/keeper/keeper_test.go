@@ -101,7 +101,7 @@ func TestLogIsOneLine(t *testing.T) {
 	k := &keeper{log: log, now: func() time.Time { return time.Unix(0, 0) }}
 	k.logf("workspace: %s", "z\x1b[31m\n\u009b2J\r\x7f\xffü/.git")
 	got, err := os.ReadFile(log.Name())
-	if want := "1970-01-01T00:00:00Z keeper: workspace: z?[31m??2J??\ufffdü/.git\n"; err != nil || string(got) != want {
+	if want := "1970-01-01T00:00:00Z keeper: workspace: z?[31m ?2J ?\ufffdü/.git\n"; err != nil || string(got) != want {
 		t.Errorf("%q, %v", got, err)
 	}
 }

@@ -136,7 +136,7 @@ func badPath(s string) string {
 	switch {
 	case s == "":
 		return "is empty"
-	case strings.ContainsFunc(s, control):
+	case strings.ContainsFunc(s, fault.Control):
 		return "holds control characters"
 	case strings.HasPrefix(s, "~") && s != "~" && !strings.HasPrefix(s, "~/"):
 		return "names another user's home"

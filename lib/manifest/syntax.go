@@ -18,6 +18,7 @@ import (
 // repository, and the syntax tree is some fifty times as large as the text.
 const (
 	MaxBytes  = 32 << 20
+	MaxFile   = 4 << 20 // a file that it names
 	maxDepth  = 100
 	maxValues = 2_000_000
 	// maxProblems is how many problems are told at once.
@@ -421,17 +422,11 @@ func (l *loader) text(n node) (string, bool) {
 	case s == "":
 		l.bad(n, "bad_string", "is empty", "write a value, or remove the member")
 		return "", false
-	case strings.ContainsFunc(s, control):
+	case strings.ContainsFunc(s, fault.Control):
 		l.bad(n, "bad_string", "holds control characters", "remove them")
 		return "", false
 	}
 	return s, true
-}
-
-// control tells what has no place in a line of text: C0, DEL, C1, and the
-// characters that reorder what is around them.
-func control(r rune) bool {
-	return r < 0x20 || 0x7f <= r && r < 0xa0 || 0x202a <= r && r <= 0x202e || 0x2066 <= r && r <= 0x2069 || r == 0x2028 || r == 0x2029
 }
 
 // texts reads an array of strings with at least min members.

@@ -202,12 +202,7 @@ func oneLine(s string) string {
 	s = ansi().ReplaceAllString(s, "")
 	var lines []string
 	for _, l := range strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' }) {
-		l = strings.TrimSpace(strings.Map(func(r rune) rune {
-			if r < ' ' || r == 0x7f || (r >= 0x80 && r < 0xa0) {
-				return ' '
-			}
-			return r
-		}, l))
+		l = strings.TrimSpace(fault.Line(l))
 		if l != "" {
 			lines = append(lines, l)
 		}

@@ -167,26 +167,12 @@ func (p *Proc) PrintError(err error) {
 	if e.Hint != "" {
 		line += "; " + e.Hint
 	}
-	fmt.Fprintf(p.Stderr, "%s: error: %s\n", p.Name, oneLine(line))
+	fmt.Fprintf(p.Stderr, "%s: error: %s\n", p.Name, fault.Line(line))
 }
 
 // Warn writes a warning on stderr.
 func (p *Proc) Warn(format string, args ...any) {
-	fmt.Fprintf(p.Stderr, "%s: warning: %s\n", p.Name, oneLine(fmt.Sprintf(format, args...)))
-}
-
-// oneLine keeps a message on its line and a terminal out of its reach: messages
-// quote names that a guest or a cloned repository chose.
-func oneLine(s string) string {
-	return strings.Map(func(r rune) rune {
-		switch {
-		case r == '\n' || r == '\t':
-			return ' '
-		case r < 0x20 || r == 0x7f || 0x80 <= r && r < 0xa0:
-			return '?'
-		}
-		return r
-	}, strings.TrimRight(s, "\n"))
+	fmt.Fprintf(p.Stderr, "%s: warning: %s\n", p.Name, fault.Line(fmt.Sprintf(format, args...)))
 }
 
 // IsTerminal tells whether v is a terminal.

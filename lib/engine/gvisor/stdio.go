@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/bottle-tools/bottle/lib/fault"
 )
 
 // streamBuffer is the size of a read, in bytes.
@@ -305,12 +307,7 @@ func (w *bounded) Write(p []byte) (int, error) {
 func (w *bounded) line(status int) string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	text := strings.Map(func(r rune) rune {
-		if r < ' ' || (r >= 0x7f && r < 0xa0) {
-			return ' '
-		}
-		return r
-	}, strings.TrimSpace(string(w.b)))
+	text := fault.Line(strings.TrimSpace(string(w.b)))
 	text = strings.TrimPrefix(text, "bottle-guest: error: ")
 	if text == "" {
 		return fmt.Sprintf("the helper ended with status %d", status)
