@@ -26,23 +26,11 @@ func rawOrigin(t *testing.T, host string, answer func(key string) string) (port 
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				r, err := http.ReadRequest(bufio.NewReader(c))
-				if err == nil {
-					io.WriteString(c, answer(r.Header.Get("X-Api-Key")))
-				}
-			}()
+	return serveOn(t, l, func(c net.Conn) {
+		if r, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
+			io.WriteString(c, answer(r.Header.Get("X-Api-Key")))
 		}
-	}()
-	return l.Addr().(*net.TCPAddr).Port
+	})
 }
 
 // An answer that is no HTTP, and quotes the secret where a parser's error would

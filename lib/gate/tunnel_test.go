@@ -35,6 +35,11 @@ func serveTCP(t testing.TB, handle func(*net.TCPConn)) int {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return serveOn(t, l, func(c net.Conn) { handle(c.(*net.TCPConn)) })
+}
+
+// serveOn runs handle for each connection to l, until the test ends.
+func serveOn(t testing.TB, l net.Listener, handle func(net.Conn)) (port int) {
 	t.Cleanup(func() { l.Close() })
 	go func() {
 		for {
@@ -44,7 +49,7 @@ func serveTCP(t testing.TB, handle func(*net.TCPConn)) int {
 			}
 			go func() {
 				defer c.Close()
-				handle(c.(*net.TCPConn))
+				handle(c)
 			}()
 		}
 	}()
