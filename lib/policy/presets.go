@@ -13,6 +13,7 @@ type Preset struct {
 	Name        string
 	Description string
 	Rules       []PresetRule
+	Keys        []PresetKey
 	Env         []plan.EnvVar
 	RootEnv     []plan.EnvVar // only if the bottle's user is root
 	Files       []plan.File   // relative to the guest's home
@@ -24,6 +25,12 @@ type PresetRule struct {
 	Why  string
 }
 
+// PresetKey is a variable in which people keep the key of this service, and the
+// host that it is the key of: the one that knows it already.
+type PresetKey struct {
+	Variable, Host string
+}
+
 // presets are sorted by name. Settings of the agents: Claude Code 2.1.330 and
 // Codex 0.169.0, as they behave in a bottle without a way to any other host.
 var presets = []Preset{
@@ -32,6 +39,11 @@ var presets = []Preset{
 		Description: "Claude Code with an API key: the API's host, a placeholder key, no telemetry, no updates, no first-run dialogs",
 		Rules: []PresetRule{
 			{"api.anthropic.com", "the Anthropic API"},
+		},
+		Keys: []PresetKey{
+			{"ANTHROPIC_API_KEY", "api.anthropic.com"},
+			{"ANTHROPIC_AUTH_TOKEN", "api.anthropic.com"},
+			{"CLAUDE_CODE_OAUTH_TOKEN", "api.anthropic.com"},
 		},
 		Env: []plan.EnvVar{
 			{Name: "ANTHROPIC_API_KEY", Value: "sk-ant-placeholder"},
@@ -62,6 +74,10 @@ var presets = []Preset{
 		Description: "Codex with an API key: the API's host, a placeholder key, no analytics, no update check",
 		Rules: []PresetRule{
 			{"api.openai.com", "the OpenAI API"},
+		},
+		Keys: []PresetKey{
+			{"CODEX_API_KEY", "api.openai.com"},
+			{"OPENAI_API_KEY", "api.openai.com"},
 		},
 		Env: []plan.EnvVar{
 			{Name: "CODEX_API_KEY", Value: "sk-placeholder"},

@@ -28,6 +28,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/policy"
 	"github.com/bottle-tools/bottle/lib/state"
 )
 
@@ -50,15 +51,19 @@ type grant struct {
 
 // Needed lists, one line each, what the bottle wants that lies outside the
 // manifest's folder (symlinks resolved) or runs on the host: secrets from a
-// command, secret files, mounts, trust roots, an image and a workspace; and
-// mounts inside of it that no guard covers. Lines
-// are sorted, name no value, and are what a grant is for. Errors are faults: a
+// command, secret files, mounts, trust roots, an image and a workspace; mounts
+// inside of it that no guard covers; variables of the caller's environment that
+// go to a host no preset vouches for, and hidden files that are sent anywhere.
+// Lines are sorted, name no value, and are what a grant is for. Errors are faults: a
 // path that cannot be resolved (66), no home (78).
 func Needed(b *plan.Bottle, at Place) ([]string, error) {
 	n := needs{at: at}
 	for _, s := range b.Secrets {
 		if path, ok := strings.CutPrefix(s.From, "file:"); ok {
-			n.outside("secret "+s.Name+" reads", path)
+			n.file(s, path, b.Hide)
+		}
+		if name, ok := strings.CutPrefix(s.From, "env:"); ok {
+			n.variable(s, name, &b.Egress)
 		}
 		if s.From == "command" {
 			n.command(s)
@@ -98,6 +103,33 @@ func (n *needs) outside(what, p string) {
 		line += " -> " + real
 	}
 	n.lines = append(n.lines, line)
+}
+
+// variable is a wish unless a preset vouches for where it goes: the environment
+// of a shell holds many keys, and a manifest can name any of them, and any host.
+func (n *needs) variable(s plan.Secret, name string, p *plan.Policy) {
+	for _, in := range s.Inject {
+		if !policy.Vouched(p, name, in.Host) {
+			n.lines = append(n.lines, fmt.Sprintf("secret %s sends your $%s to %s, in header %s", s.Name, name, in.Host, in.Header))
+		}
+	}
+}
+
+// file is a wish outside of the manifest's folder, and inside of it where the
+// file is one that is kept from guests: a key of yours in a checkout is not the
+// manifest's to send.
+func (n *needs) file(s plan.Secret, p string, hide []string) {
+	real, inside, err := n.at.Real(p)
+	if err != nil || !inside {
+		n.outside("secret "+s.Name+" reads", p)
+		return
+	}
+	if !n.hides(real, hide) {
+		return
+	}
+	for _, in := range s.Inject {
+		n.lines = append(n.lines, fmt.Sprintf("secret %s sends %s, which is hidden from the guest, to %s, in header %s", s.Name, p, in.Host, in.Header))
+	}
 }
 
 // mount is a wish even inside of the manifest's folder when it goes past what
@@ -215,7 +247,7 @@ func Check(root *state.Root, b *plan.Bottle, at Place, manifest string) error {
 	if len(missing) == 0 {
 		return nil
 	}
-	return fault.New(fault.NoPerm, "not_trusted", "%s wants more than its own folder, and you have not trusted it: %s",
+	return fault.New(fault.NoPerm, "not_trusted", "%s asks for what needs your word, and you have not trusted it: %s",
 		b.Manifest.Name, strings.Join(missing, "; ")).
 		WithHint("read it, and if you agree: bottle-vm trust -m %s", quote(manifest))
 }

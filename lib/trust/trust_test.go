@@ -62,7 +62,21 @@ func TestNeeded(t *testing.T) {
 		want []string
 	}{
 		{"nothing", nil, nil},
-		{"env secret", func(b *plan.Bottle) { b.Secrets = []plan.Secret{{Name: "K", From: "env:K"}} }, nil},
+		{"env secret that a preset vouches for", func(b *plan.Bottle) {
+			b.Secrets = []plan.Secret{{Name: "K", From: "env:ANTHROPIC_API_KEY", Inject: []plan.Injection{{Host: "api.anthropic.com", Header: "x-api-key"}}}}
+		}, nil},
+		{"env secret", func(b *plan.Bottle) {
+			b.Secrets = []plan.Secret{{Name: "K", From: "env:ANTHROPIC_API_KEY", Inject: []plan.Injection{
+				{Host: "api.anthropic.com", Header: "x-api-key"}, {Host: "api.example.com", Header: "x-api-key"}}}}
+		}, []string{"secret K sends your $ANTHROPIC_API_KEY to api.example.com, in header x-api-key"}},
+		{"env secret, and a root", func(b *plan.Bottle) {
+			b.Egress.Roots = []plan.Root{{Path: "inside/f"}}
+			b.Secrets = []plan.Secret{{Name: "K", From: "env:ANTHROPIC_API_KEY", Inject: []plan.Injection{{Host: "api.anthropic.com", Header: "x-api-key"}}}}
+		}, []string{"secret K sends your $ANTHROPIC_API_KEY to api.anthropic.com, in header x-api-key"}},
+		{"hidden file inside", func(b *plan.Bottle) {
+			b.Hide = []string{".env"}
+			b.Secrets = []plan.Secret{{Name: "K", From: "file:hidden/.env", Inject: []plan.Injection{{Host: "api.example.com", Header: "x-api-key"}}}}
+		}, []string{"secret K sends hidden/.env, which is hidden from the guest, to api.example.com, in header x-api-key"}},
 		{"file inside", func(b *plan.Bottle) { b.Secrets = []plan.Secret{{Name: "K", From: "file:inside/f"}} }, nil},
 		{"file inside, absent", func(b *plan.Bottle) { b.Secrets = []plan.Secret{{Name: "K", From: "file:new/dir/f"}} }, nil},
 		{"file inside, absolute", func(b *plan.Bottle) { b.Secrets = []plan.Secret{{Name: "K", From: "file:" + at.Base + "/inside/f"}} }, nil},

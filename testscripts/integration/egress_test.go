@@ -119,6 +119,11 @@ func egressWorld(t *testing.T, w *harness.World, proxy string) *upstream {
 		"THE_KEY":{"from":"env:THE_KEY","inject":[{"host":"keyed.test","header":"x-api-key"}]},
 		"NO_KEY":{"from":"env:NO_SUCH_KEY","inject":[{"host":"unkeyed.test","header":"authorization","format":"Bearer {}"}]}}`)
 	w.Env = append(w.Env, "THE_KEY="+secretValue)
+	// A key of the caller's goes where the manifest says only with a word of trust.
+	if r := w.Sh("bottle-plan | bottle-vm up >/dev/null"); r.Code != 77 || !contains(r.Stderr, "secret THE_KEY sends your $THE_KEY to keyed.test") {
+		t.Fatalf("untrusted: %+v", r)
+	}
+	w.OK("bottle-vm trust")
 	return u
 }
 

@@ -76,6 +76,7 @@ func pipelocked(t *testing.T, world func(testing.TB) *harness.World) {
 	w.Env = append(w.Env, "BOTTLE_PIPELOCK="+program, "THE_KEY="+secretValue)
 	w.Manifest(`"runtime":"gvisor","egress":{"proxy":"pipelock","roots":["upstream.crt"],"allow":["example.com","keys.example.com"]},
 		"secrets":{"THE_KEY":{"from":"env:THE_KEY","inject":[{"host":"keys.example.com","header":"x-api-key"}]}}`)
+	w.OK("bottle-vm trust")
 	if up := w.Sh("bottle-plan | bottle-egress | bottle-pack | bottle-vm up -o doc.json"); up.Code != 0 {
 		t.Fatalf("up: %+v", up)
 	}

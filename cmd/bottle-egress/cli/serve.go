@@ -165,19 +165,14 @@ func configure(ctx context.Context, p *tool.Proc, f serveFlags, b *plan.Bottle) 
 // has to be there, unchanged, as a plan of another folder must not pick up the
 // files of this one.
 func place(p *tool.Proc, dir string, b *plan.Bottle) (trust.Place, error) {
-	given := dir != ""
-	base, err := filepath.Abs(dir)
-	if err != nil {
-		return trust.Place{}, fault.New(fault.NoInput, "no_input", "the manifest's folder: %w", err)
+	at := trust.Place{Home: p.Getenv("HOME")}
+	var err error
+	if namesFiles(b) {
+		at.Base, err = trust.Base(dir, b.Manifest)
+		return at, err
 	}
-	at := trust.Place{Base: base, Home: p.Getenv("HOME")}
-	if !namesFiles(b) || given && b.Manifest.Name == "-" {
-		return at, nil
-	}
-	raw, err := os.ReadFile(filepath.Join(base, b.Manifest.Name))
-	if err != nil || plan.SHA256(raw) != b.Manifest.SHA256 {
-		return at, fault.New(fault.NoInput, "no_manifest", "%s does not hold the manifest (%s, %s) that this plan was made from", base, b.Manifest.Name, b.Manifest.SHA256).
-			WithHint("name its folder with --dir, or plan again")
+	if at.Base, err = filepath.Abs(dir); err != nil {
+		return at, fault.New(fault.NoInput, "no_input", "the manifest's folder: %w", err)
 	}
 	return at, nil
 }

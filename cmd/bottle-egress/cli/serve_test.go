@@ -29,7 +29,9 @@ import (
 	"github.com/bottle-tools/bottle/lib/gateproc"
 	"github.com/bottle-tools/bottle/lib/pipelock/pipelocktest"
 	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/state"
 	"github.com/bottle-tools/bottle/lib/tool"
+	"github.com/bottle-tools/bottle/lib/trust"
 	"github.com/tidwall/gjson"
 )
 
@@ -91,6 +93,20 @@ func begin(t *testing.T, doc string, env map[string]string, args ...string) *ser
 	}
 	t.Fatalf("never ready: %s", s.stderr)
 	return nil
+}
+
+// granted is an environment in which the user has trusted what b wants.
+func granted(t *testing.T, b *plan.Bottle, dir string, env map[string]string) map[string]string {
+	t.Helper()
+	env["XDG_STATE_HOME"] = t.TempDir()
+	root, err := state.Open(func(k string) string { return env[k] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := trust.Add(root, trust.Place{Base: dir}, b); err != nil {
+		t.Fatal(err)
+	}
+	return env
 }
 
 func (s *served) wait(t *testing.T) int {
@@ -239,7 +255,8 @@ func TestServeInjects(t *testing.T) {
 	doc := document(t, b)
 	target := fmt.Sprintf("https://example.com:%d/", port)
 
-	s := begin(t, doc, map[string]string{"KEY": value}, "--listen", "tcp:127.0.0.1:0", "--dir", dir, "--ca-cert", cert, "--audit", log)
+	env := granted(t, b, dir, map[string]string{"KEY": value})
+	s := begin(t, doc, env, "--listen", "tcp:127.0.0.1:0", "--dir", dir, "--ca-cert", cert, "--audit", log)
 	trusted, err := os.ReadFile(cert)
 	if err != nil {
 		t.Fatal(err)
@@ -256,7 +273,8 @@ func TestServeInjects(t *testing.T) {
 		t.Error("the secret was written down")
 	}
 
-	s = begin(t, doc, nil, "--listen", "tcp:127.0.0.1:0", "--dir", dir, "--ca-cert", cert)
+	delete(env, "KEY")
+	s = begin(t, doc, env, "--listen", "tcp:127.0.0.1:0", "--dir", dir, "--ca-cert", cert)
 	if !strings.Contains(s.stderr.String(), "warning: secret KEY is missing (the variable KEY is not set)") {
 		t.Errorf("no warning: %s", s.stderr)
 	}
@@ -287,8 +305,8 @@ func TestServeRefuses(t *testing.T) {
 		status int
 		text   string
 	}{
-		"no manifest there": {func(b *plan.Bottle) { b.Manifest.Name = "other.json" }, nil, nil, fault.NoInput, "does not hold the manifest"},
-		"another manifest":  {func(b *plan.Bottle) { b.Manifest.SHA256 = plan.SHA256([]byte("x")) }, nil, nil, fault.NoInput, "does not hold the manifest"},
+		"no manifest there": {func(b *plan.Bottle) { b.Manifest.Name = "other.json" }, nil, nil, fault.NoInput, "the manifest of this plan: "},
+		"another manifest":  {func(b *plan.Bottle) { b.Manifest.SHA256 = plan.SHA256([]byte("x")) }, nil, nil, fault.Data, "is not the manifest that was planned"},
 		"root is missing":   {func(b *plan.Bottle) { b.Egress.Roots[0].Path = "nope.pem" }, nil, nil, fault.NoInput, "trust root"},
 		"root was changed":  {func(b *plan.Bottle) { b.Egress.Roots[0].SHA256 = plan.SHA256(nil) }, nil, nil, fault.Data, "is not the file that was planned"},
 		"root is no PEM": {func(b *plan.Bottle) {
@@ -297,6 +315,9 @@ func TestServeRefuses(t *testing.T) {
 		"command not trusted": {func(b *plan.Bottle) {
 			b.Secrets = []plan.Secret{{Name: "K", From: "command", Command: []string{"touch", file + ".ran"}, GuestCanRead: "never"}}
 		}, nil, nil, fault.NoPerm, "you have not trusted it"},
+		"variable not trusted": {func(b *plan.Bottle) {
+			b.Secrets = []plan.Secret{{Name: "K", From: "env:HOME", GuestCanRead: "never", Inject: []plan.Injection{{Host: "example.com", Header: "x-key"}}}}
+		}, nil, nil, fault.NoPerm, "secret K sends your $HOME to example.com"},
 		"no --ca-cert": {func(b *plan.Bottle) { b.Egress.Rules[0].Inspect = true }, nil, nil, fault.Usage, "--ca-cert FILE"},
 		"edited egress": {func(*plan.Bottle) {}, func(d string) string {
 			_, out, _ := run(d)
@@ -406,7 +427,8 @@ func TestServeThroughPipelock(t *testing.T) {
 	b.Secrets = []plan.Secret{{Name: "KEY", From: "env:KEY", GuestCanRead: "never", Inject: []plan.Injection{{Host: "keys.example.com", Header: "x-api-key"}}}}
 	dir := folder(t, b, root)
 	cert := filepath.Join(dir, "cert.pem")
-	s := begin(t, document(t, b), map[string]string{"BOTTLE_PIPELOCK": program, "KEY": value}, "--listen", "tcp:127.0.0.1:0", "--dir", dir, "--ca-cert", cert)
+	env := granted(t, b, dir, map[string]string{"BOTTLE_PIPELOCK": program, "KEY": value})
+	s := begin(t, document(t, b), env, "--listen", "tcp:127.0.0.1:0", "--dir", dir, "--ca-cert", cert)
 	own, err := os.ReadFile(cert)
 	if err != nil {
 		t.Fatal(err)

@@ -4,7 +4,6 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"os"
 	"path/filepath"
@@ -14,6 +13,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/smolfile"
 	"github.com/bottle-tools/bottle/lib/tool"
+	"github.com/bottle-tools/bottle/lib/trust"
 )
 
 // stage is the name under which failures and diagnostics are recorded.
@@ -124,49 +124,12 @@ func onlySmolvm(b *plan.Bottle) bool {
 	return len(b.Runtime.Candidates) > 0
 }
 
-// base is the manifest's folder, for images that are paths. It must hold the
-// manifest that was planned: relative paths mean nothing anywhere else.
+// base is the manifest's folder, for images that are paths.
 func (c *command) base(b *plan.Bottle) (string, error) {
 	if b.Image.Kind != "path" {
 		return "", nil
 	}
-	if c.dir == "" && b.Manifest.Name == "-" {
-		return "", fault.New(fault.Usage, "usage", "the manifest came from stdin, so its folder is not known").
-			WithHint("give it with --dir")
-	}
-	dir, err := filepath.Abs(c.dir)
-	if err == nil {
-		dir, err = filepath.EvalSymlinks(dir)
-	}
-	if err != nil {
-		return "", fault.New(fault.NoInput, "no_manifest_dir", "--dir: %w", err).WithHint("give the folder of the manifest")
-	}
-	if b.Manifest.Name == "-" {
-		return dir, nil
-	}
-	raw, err := readFile(filepath.Join(dir, b.Manifest.Name))
-	if err != nil {
-		return "", fault.New(fault.NoInput, "no_manifest", "the manifest of this plan: %w", err).
-			WithHint("run bottle-pack in the manifest's folder, or give --dir")
-	}
-	if got := plan.SHA256(raw); got != b.Manifest.SHA256 {
-		return "", fault.New(fault.Data, "manifest_changed", "%s is not the manifest that was planned (%.19s…, planned %.19s…)",
-			b.Manifest.Name, got, b.Manifest.SHA256).
-			WithHint("plan again, or give --dir with the folder of the manifest")
-	}
-	return dir, nil
-}
-
-// readFile reads a regular file; a fifo of that name would be waited for.
-func readFile(path string) ([]byte, error) {
-	fi, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if !fi.Mode().IsRegular() {
-		return nil, &os.PathError{Op: "read", Path: path, Err: errors.New("not a file")}
-	}
-	return os.ReadFile(path)
+	return trust.Base(c.dir, b.Manifest)
 }
 
 // prefixed writes lines of progress the way warnings and errors are written.

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/manifest"
 	"github.com/bottle-tools/bottle/lib/policy"
 )
 
@@ -48,7 +49,7 @@ func (s *settings) lines(name string) []string {
 	if s.home == "" {
 		return nil
 	}
-	data, err := readRegular(filepath.Join(s.home, name), maxNamedFile)
+	data, err := readRegular(filepath.Join(s.home, name), manifest.MaxFile)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
 			s.warn("%s: ~/%s cannot be read: %v", s.tool, name, errors.Unwrap(err))
@@ -57,7 +58,7 @@ func (s *settings) lines(name string) []string {
 	}
 	var out []string
 	sc := bufio.NewScanner(bytes.NewReader(data))
-	sc.Buffer(nil, maxNamedFile)
+	sc.Buffer(nil, manifest.MaxFile)
 	for sc.Scan() {
 		line := strings.TrimSpace(sc.Text())
 		if line != "" && line[0] != '#' && line[0] != ';' {

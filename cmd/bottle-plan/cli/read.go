@@ -16,9 +16,6 @@ import (
 	"github.com/bottle-tools/bottle/lib/tool"
 )
 
-// maxNamedFile bounds a file that a manifest or a user's settings name.
-const maxNamedFile = 4 << 20
-
 // largeManifest is where memory is traded for time: some 20,000 hosts.
 const largeManifest = 512 << 10
 
@@ -41,7 +38,7 @@ func loadManifest(p *tool.Proc, file string) (*manifest.Manifest, error) {
 	return manifest.Load(data, name, func(path string) ([]byte, error) {
 		full, err := inManifest(dir, path, p.Getenv("HOME"))
 		if err == nil {
-			data, err = readRegular(full, maxNamedFile)
+			data, err = readRegular(full, manifest.MaxFile)
 		}
 		if err != nil {
 			return nil, manifest.ReadFailed(path, errors.Is(err, fs.ErrNotExist), errors.Unwrap(err))

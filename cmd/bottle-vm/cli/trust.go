@@ -4,11 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
-	"syscall"
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/manifest"
@@ -24,7 +21,7 @@ func (v *vm) trustCommand() *tool.Command {
 	return &tool.Command{
 		Name:       "trust",
 		ShortUsage: "bottle-vm trust [-m FILE]",
-		ShortHelp:  "allow a manifest to run commands and to use paths outside of its folder",
+		ShortHelp:  "allow a manifest to run commands, send keys, and use paths outside of its folder",
 		LongHelp: `
 Prints what is granted. It holds for exactly these bytes of the manifest, in
 this folder.`,
@@ -45,31 +42,12 @@ func (v *vm) reader(base string) func(string) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		raw, err := readRegular(path)
+		raw, err := trust.ReadFile(path, manifest.MaxFile)
 		if err != nil {
 			return nil, manifest.ReadFailed(p, errors.Is(err, fs.ErrNotExist), err)
 		}
 		return raw, nil
 	}
-}
-
-// readRegular reads a manifest or a file that one names. What lies in a cloned
-// repository may be a FIFO, which would hold us up for ever, or have no end.
-func readRegular(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	switch fi, err := f.Stat(); {
-	case err != nil:
-		return nil, err
-	case !fi.Mode().IsRegular():
-		return nil, &fs.PathError{Op: "read", Path: path, Err: errors.New("not a regular file")}
-	case fi.Size() > manifest.MaxBytes:
-		return nil, &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf("larger than %d MiB", manifest.MaxBytes>>20)}
-	}
-	return io.ReadAll(io.LimitReader(f, manifest.MaxBytes))
 }
 
 func (v *vm) trust(file string) error {
@@ -81,7 +59,7 @@ func (v *vm) trust(file string) error {
 		return fault.New(fault.NoInput, "no_manifest", "manifest: %w", err).WithHint("give it with -m")
 	}
 	base := filepath.Dir(path)
-	raw, err := readRegular(path)
+	raw, err := trust.ReadFile(path, manifest.MaxBytes)
 	if err != nil {
 		return fault.New(fault.NoInput, "no_manifest", "manifest: %w", err)
 	}
@@ -106,7 +84,7 @@ func (v *vm) trust(file string) error {
 		return err
 	}
 	if len(lines) == 0 {
-		fmt.Fprintf(v.p.Stderr, "bottle-vm: %s needs no trust: it stays in its folder and runs nothing\n", file)
+		fmt.Fprintf(v.p.Stderr, "bottle-vm: %s needs no trust: it stays in its folder, runs nothing and sends no key of yours away\n", file)
 	}
 	for _, l := range lines {
 		fmt.Fprintln(v.p.Stdout, l)

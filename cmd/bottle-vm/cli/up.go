@@ -137,40 +137,13 @@ func (s *starter) engines(ctx context.Context) error {
 	return nil
 }
 
-// place finds the manifest's folder and makes sure that it holds the manifest
-// that was planned: relative paths mean nothing elsewhere.
-func (s *starter) place(context.Context) error {
-	dir := s.flags.dir
-	if dir == "" {
-		if s.bottle.Manifest.Name == "-" {
-			return fault.New(fault.Usage, "usage", "the manifest came from stdin, so its folder is not known").
-				WithHint("give --dir")
-		}
-		dir = "."
+// place finds the manifest's folder, and makes sure that it holds the manifest
+// that was planned.
+func (s *starter) place(context.Context) (err error) {
+	if s.base, err = trust.Base(s.flags.dir, s.bottle.Manifest); err == nil && s.bottle.Manifest.Name != "-" {
+		s.cfg.Manifest = filepath.Join(s.base, s.bottle.Manifest.Name)
 	}
-	base, err := filepath.Abs(dir)
-	if err == nil {
-		base, err = filepath.EvalSymlinks(base)
-	}
-	if err != nil {
-		return fault.New(fault.NoInput, "no_manifest_dir", "--dir: %w", err).WithHint("give the folder that holds the manifest")
-	}
-	s.base = base
-	if s.bottle.Manifest.Name == "-" {
-		return nil
-	}
-	raw, err := readRegular(filepath.Join(base, s.bottle.Manifest.Name))
-	if err != nil {
-		return fault.New(fault.NoInput, "no_manifest", "the manifest of this plan: %w", err).
-			WithHint("run up in the manifest's folder, or give --dir")
-	}
-	if got := plan.SHA256(raw); got != s.bottle.Manifest.SHA256 {
-		return fault.New(fault.Data, "manifest_changed", "%s is not the manifest that was planned (%.19s…, planned %.19s…)",
-			s.bottle.Manifest.Name, got, s.bottle.Manifest.SHA256).
-			WithHint("plan again, or give --dir with the folder of the manifest")
-	}
-	s.cfg.Manifest = filepath.Join(base, s.bottle.Manifest.Name)
-	return nil
+	return err
 }
 
 // egress fills in the derived section, or refuses one that was edited: people
@@ -354,7 +327,6 @@ func (s *starter) secrets(ctx context.Context) error {
 		s.p.Warn("secret %s is missing: %s; its first use will be answered with 403 secret_missing", m.Name, m.Why)
 	}
 	s.cfg.Secrets, s.cfg.UserHome = values, s.p.Getenv("HOME")
-	s.announce()
 	for _, sec := range s.bottle.Secrets {
 		if file, ok := strings.CutPrefix(sec.From, "file:"); ok {
 			path, err := s.vm.place(s.base).Path(file)
@@ -365,29 +337,6 @@ func (s *starter) secrets(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// announce tells which variables of this environment go to hosts that no preset
-// vouches for: unlike files and commands they need no trust, and a cloned
-// manifest can name any of them.
-func (s *starter) announce() {
-	vouched := map[string]bool{}
-	for _, r := range s.bottle.Egress.Rules {
-		if r.Verdict == "allow" && strings.HasPrefix(r.From, "preset ") {
-			vouched[r.Host] = true
-		}
-	}
-	for _, sec := range s.bottle.Secrets {
-		name, env := strings.CutPrefix(sec.From, "env:")
-		if _, set := s.cfg.Secrets[sec.Name]; !env || !set {
-			continue
-		}
-		for _, in := range sec.Inject {
-			if !vouched[in.Host] {
-				s.p.Warn("the manifest sends the value of your $%s to %s, in header %s", name, in.Host, in.Header)
-			}
-		}
-	}
 }
 
 // start makes the bottle's folder and hands over to its keeper.
