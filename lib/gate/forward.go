@@ -239,7 +239,10 @@ func (g *Gate) decide(r *http.Request, t *tunnel, e *audit.Event) *Refusal {
 			map[bool]string{true: "use https", false: `say "protocol": "http" in its entry if it should be`}[d.Rule.Protocol == "tls"])
 	}
 	t.Decision = d
-	return nil
+	if f := overriddenHost(r, t); f != nil {
+		return f
+	}
+	return t.limit(r)
 }
 
 // prepare makes the request that leaves from the one that came.

@@ -110,7 +110,7 @@ func (l *loader) allow(n node, rs *rules) {
 		l.addRule(n, r, rs)
 		return
 	}
-	ms, ok := l.object(n, "host", "cidr", "ports", "protocol", "addresses", "why")
+	ms, ok := l.object(n, "host", "cidr", "ports", "protocol", "addresses", "requests", "why")
 	if !ok || !l.ruleTarget(n, ms, &r, policy.Normalize) {
 		return
 	}
@@ -118,6 +118,14 @@ func (l *loader) allow(n node, rs *rules) {
 		r.Protocol = l.enum(e, policy.Protocols...)
 	}
 	r.Ports = l.ports(n, ms, r.Protocol)
+	if e, ok := ms.get("requests"); ok {
+		if r.Protocol != "http" {
+			l.bad(e, "bad_entry", "requests stand in an entry of protocol http, or of egress.inspect",
+				fmt.Sprintf(`write it in egress.inspect: { "host": %q, "requests": [ … ] }`, r.Host))
+			return
+		}
+		r.Requests, r.RequestsFrom = l.requests(e)
+	}
 	if e, ok := ms.get("addresses"); ok {
 		r.Addresses = l.addresses(e, &r)
 	}
@@ -252,7 +260,7 @@ func (l *loader) addRule(n node, r plan.Rule, rs *rules) {
 			ports = append(ports, p)
 			continue
 		}
-		if old.Protocol != r.Protocol || !slices.Equal(old.Addresses, r.Addresses) {
+		if old.Protocol != r.Protocol || !slices.Equal(old.Addresses, r.Addresses) || !slices.Equal(old.Requests, r.Requests) {
 			l.bad(n, "conflicting_rules", "contradicts %s about %s port %d", "keep one of the two", old.From, key, p)
 			return
 		}
@@ -338,14 +346,71 @@ func (l *loader) deny(n node, rs *rules) {
 	rs.list = append(rs.list, r)
 }
 
-// inspect marks the tls rules of hosts whose traffic the gate is to read.
+// inspect marks the tls rules of hosts whose traffic the gate is to read, and
+// says which requests of theirs are allowed.
 func (l *loader) inspect(n node, rs *rules) {
+	first := map[string]string{}
 	for _, e := range l.list(n) {
 		var r plan.Rule
-		if l.host(e, &r, policy.Normalize) && !rs.markInspected(r.Host) {
+		if !l.inspectEntry(e, &r) {
+			continue
+		}
+		switch from, again := first[r.Host]; {
+		case again:
+			l.bad(e, "conflicting_rules", "%s stands in %s already", "keep one of the two", quote(r.Host), from)
+		case !rs.markInspected(r.Host):
 			l.bad(e, "not_allowed", "%s is not a tls host of the allowlist", rs.suggest(r.Host), quote(r.Host+r.CIDR))
+		default:
+			first[r.Host] = l.from(e)
+			rs.limit(r.Host, r.Requests, r.RequestsFrom)
 		}
 	}
+}
+
+// inspectEntry reads an entry: a string, or an object.
+func (l *loader) inspectEntry(n node, r *plan.Rule) bool {
+	if n.v.Value.Kind() != '{' {
+		return l.host(n, r, policy.Normalize)
+	}
+	ms, ok := l.object(n, "host", "requests")
+	if !ok {
+		return false
+	}
+	if e, ok := ms.get("requests"); ok {
+		r.Requests, r.RequestsFrom = l.requests(e)
+	}
+	e, ok := l.required(n, ms, "host")
+	return ok && l.host(e, r, policy.Normalize)
+}
+
+// requests reads the HTTP requests that a rule allows, and where they stand. In
+// the plan they are sorted: their order means nothing.
+func (l *loader) requests(n node) (list []string, from string) {
+	nodes := l.list(n)
+	switch {
+	case kind(n) == "an array" && len(nodes) == 0:
+		l.bad(n, "bad_request_entry", "is empty", "name the requests, remove the member to allow every one, or take the host out of egress.allow")
+	case len(nodes) > policy.MaxRequests:
+		l.bad(n, "bad_request_entry", "holds more than %d entries", "a * at the end stands for the rest of a path", policy.MaxRequests)
+		return nil, ""
+	}
+	for _, e := range nodes {
+		s, ok := l.str(e)
+		if !ok {
+			continue
+		}
+		r, err := policy.NormalizeRequest(s)
+		switch {
+		case err != nil:
+			l.badErr(e, err)
+		case slices.Contains(list, r):
+			l.bad(e, "bad_request_entry", "%s stands twice", "keep one of the two", quote(r))
+		default:
+			list = append(list, r)
+		}
+	}
+	slices.Sort(list)
+	return list, l.from(n)
 }
 
 // markInspected sets inspect on the tls rules of a host, and tells if there are
@@ -358,6 +423,15 @@ func (rs *rules) markInspected(host string) bool {
 		}
 	}
 	return found
+}
+
+// limit sets the requests of the tls rules of a host.
+func (rs *rules) limit(host string, requests []string, from string) {
+	for r := range rs.of(host) {
+		if r.Protocol == "tls" {
+			r.Requests, r.RequestsFrom = requests, from
+		}
+	}
 }
 
 // suggestFrom bounds the search for a host that was meant.

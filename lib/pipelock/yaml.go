@@ -151,9 +151,14 @@ type emit struct {
 //   - ranges: pipelock's list takes single addresses only;
 //   - private, loopback and other special addresses: pipelock could open them
 //     only by ssrf.ip_allowlist, on every port and for every allowed name that
-//     resolves there, which is more than the rule says.
+//     resolves there, which is more than the rule says;
+//   - http rules with requests: pipelock follows redirects by itself, to paths
+//     that no request of the rule may name.
 func Carries(r plan.Rule) bool {
 	if r.Verdict != "allow" || (r.Protocol != "tls" && r.Protocol != "http") || len(r.Addresses) > 0 {
+		return false
+	}
+	if r.Protocol == "http" && len(r.Requests) > 0 {
 		return false
 	}
 	if r.CIDR == "" {

@@ -129,8 +129,12 @@ type Rule struct {
 	Class     string   `json:"class"`               // exact | wildcard | ipv4 | ipv6 | cidr | private | cgnat
 	Addresses []string `json:"addresses,omitempty"` // pins resolution; may be private
 	Inspect   bool     `json:"inspect"`
-	Why       string   `json:"why,omitempty"`
-	From      string   `json:"from"` // provenance: "bottle.json:12:9 bottles.dev.egress.allow[0]" or "preset anthropic"
+	// Requests are the HTTP requests that an inspected or http rule allows, as
+	// "METHOD /path" (policy.NormalizeRequest); without any it allows all.
+	Requests     []string `json:"requests,omitempty"`
+	RequestsFrom string   `json:"requests_from,omitempty"` // provenance of Requests
+	Why          string   `json:"why,omitempty"`
+	From         string   `json:"from"` // provenance: "bottle.json:12:9 bottles.dev.egress.allow[0]" or "preset anthropic"
 }
 
 // Root is an extra upstream trust root for the gate, pinned by content.

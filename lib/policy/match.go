@@ -154,7 +154,8 @@ func (m *Matcher) checkConflicts() error {
 // Conflict tells if two allow rules of one host have a port in common and treat
 // it differently.
 func Conflict(a, b *plan.Rule) bool {
-	same := a.Protocol == b.Protocol && a.Inspect == b.Inspect && slices.Equal(a.Addresses, b.Addresses)
+	same := a.Protocol == b.Protocol && a.Inspect == b.Inspect && slices.Equal(a.Addresses, b.Addresses) &&
+		slices.Equal(a.Requests, b.Requests)
 	return !same && slices.ContainsFunc(a.Ports, func(p int) bool { return slices.Contains(b.Ports, p) })
 }
 
@@ -182,8 +183,8 @@ func checkRule(r *plan.Rule) (Entry, error) {
 		}
 	}
 	if r.Verdict == "deny" {
-		if r.Protocol != "any" || r.Inspect || len(r.Addresses) > 0 {
-			return e, badRule("a deny rule has protocol \"any\", no addresses and no inspection")
+		if r.Protocol != "any" || r.Inspect || len(r.Addresses) > 0 || len(r.Requests) > 0 || r.RequestsFrom != "" {
+			return e, badRule("a deny rule has protocol \"any\", no addresses, no inspection and no requests")
 		}
 		return e, nil
 	}
@@ -201,7 +202,7 @@ func checkAllowRule(r *plan.Rule, e Entry) error {
 	case r.Inspect && (r.Protocol != "tls" || e.Host == ""):
 		return badRule("only a tls rule with a host name can be inspected")
 	}
-	return nil
+	return checkRequests(r)
 }
 
 // Protocols are the protocols of an allow rule.
