@@ -30,6 +30,7 @@ const (
 	KindRequest = "request" // decision about one HTTP request
 	KindClose   = "close"   // end of an allowed tunnel or request, with its bytes
 	KindStop    = "stop"    // the gate ended in order
+	KindChange  = "change"  // the bottle's owner changed the rules while it runs
 )
 
 // Verdicts.
@@ -45,7 +46,7 @@ type Event struct {
 	Time   string `json:"time"`   // RFC 3339 with nanoseconds, UTC
 	Bottle string `json:"bottle"` // vm.id
 	Seq    uint64 `json:"seq"`    // 1, 2, 3 … over restarts of the gate
-	Event  string `json:"event"`  // start | connect | request | close | stop
+	Event  string `json:"event"`  // start | connect | request | close | change | stop
 	// ID ties a close line to the decision that opened it. It counts from 1 in
 	// each run of the gate.
 	ID      uint64 `json:"id,omitempty"`
@@ -69,6 +70,11 @@ type Event struct {
 	BytesOut   int64 `json:"bytes_out,omitempty"`
 	BytesIn    int64 `json:"bytes_in,omitempty"`
 	DurationMS int64 `json:"duration_ms,omitempty"`
+	// By is the uid that changed a rule, and Until when that rule ends by itself
+	// (RFC 3339, UTC); on change lines. Their host may be a range, and without a
+	// port they are about all of them.
+	By    *int   `json:"by,omitempty"`
+	Until string `json:"until,omitempty"`
 }
 
 // Limits of members that the guest can influence, in bytes.

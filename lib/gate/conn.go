@@ -52,6 +52,14 @@ func (g *Gate) newHTTPConn(c net.Conn, t *tunnel) *httpConn {
 	return h
 }
 
+// Close ends the tunnel, too, where there is one.
+func (c *httpConn) Close() error {
+	if c.tunnel != nil {
+		defer c.tunnel.flow.end()
+	}
+	return c.Conn.Close()
+}
+
 // Read gives net/http whole heads only, after they have been looked at: it
 // answers a bad first line before it has seen the rest.
 func (c *httpConn) Read(p []byte) (int, error) {

@@ -23,6 +23,7 @@ type tunnel struct {
 	port   int
 	scheme string // of the requests inside: https or http
 	policy.Decision
+	flow *flow // of the whole tunnel; nil for what is one request
 }
 
 // authority is host[:port] as a Host header has it.
@@ -72,7 +73,7 @@ func (g *Gate) connect(w http.ResponseWriter, r *http.Request) {
 		f.write(w, true)
 		return
 	}
-	d := g.matcher.Decide(host, port)
+	d := g.rules().Decide(host, port)
 	describe(&e, d)
 	if !d.Allow {
 		f := denied(d, host, port)
@@ -81,23 +82,37 @@ func (g *Gate) connect(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	t := &tunnel{host: host, port: port, Decision: d}
+	ctx := context.Background() // a tunnel that is terminated outlives this request
 	switch {
 	case d.Rule.Protocol == "http":
 		t.scheme = "http"
-		g.terminate(w, t, e)
 	case g.inspected(t):
 		t.scheme = "https"
-		g.terminate(w, t, e)
 	default:
-		g.pass(w, r, t, e)
+		ctx = r.Context()
 	}
+	var f *Refusal
+	if t.flow, f = g.follow(ctx, host, port, d.Rule); f != nil {
+		g.deny(f, e)
+		f.write(w, true)
+		return
+	}
+	if t.scheme != "" {
+		g.terminate(w, t, e)
+		return
+	}
+	defer t.flow.end()
+	g.pass(w, t, e)
 }
 
 // describe notes which rule decided.
 func describe(e *audit.Event, d policy.Decision) {
 	e.Code, e.Reason = d.Code, d.Reason
 	if d.Rule != nil {
-		e.Rule, e.From = &d.Index, d.Rule.From
+		e.From = d.Rule.From
+		if !d.Live { // an index into the plan's rules
+			e.Rule = &d.Index
+		}
 		if d.Allow {
 			e.Protocol, e.Reason = d.Rule.Protocol, ""
 		}
@@ -127,11 +142,19 @@ func hijack(w http.ResponseWriter) (*guestConn, []byte, error) {
 
 // pass connects the guest with the host, end to end. The host is dialled before
 // the guest gets its 200, so that a failure can still be told in HTTP.
-func (g *Gate) pass(w http.ResponseWriter, r *http.Request, t *tunnel, e audit.Event) {
+func (g *Gate) pass(w http.ResponseWriter, t *tunnel, e audit.Event) {
 	began := time.Now()
-	up, address, err := g.reach(r.Context(), t.host, t.port, t.Rule)
+	up, address, err := g.reach(t.flow.ctx, t.host, t.port, t.Rule)
+	if err == nil && address != "" {
+		if err = t.flow.dialled(up); err != nil {
+			up.Close()
+		}
+	}
 	if err != nil {
 		f := asRefusal(err, t.host, t.port)
+		if why := t.flow.cut(); why != nil {
+			f = why
+		}
 		g.deny(f, e)
 		f.write(w, true)
 		return
@@ -153,6 +176,10 @@ func (g *Gate) pass(w http.ResponseWriter, r *http.Request, t *tunnel, e audit.E
 		return
 	}
 	defer guest.Close()
+	t.flow.onCut(func() {
+		up.Close()
+		guest.Close()
+	})
 	from := replay(guest, ahead)
 	var open opening
 	switch t.Rule.Protocol {
@@ -177,6 +204,7 @@ func (g *Gate) pass(w http.ResponseWriter, r *http.Request, t *tunnel, e audit.E
 		g.deny(f, e)
 		e.Code = f.Code
 	}
+	revoked(&e, t.flow)
 	g.end(e, began)
 }
 
@@ -211,7 +239,11 @@ func (g *Gate) acceptHello(c *replayed, t *tunnel, e *audit.Event) (raw []byte, 
 	if err == nil {
 		return raw, true
 	}
-	g.deny(helloRefusal(err, t), *e)
+	f := helloRefusal(err, t)
+	if why := t.flow.cut(); why != nil {
+		f = why
+	}
+	g.deny(f, *e)
 	_, _ = c.Write(alert(alertAccessDenied))
 	lingerClose(c)
 	return nil, false
@@ -253,13 +285,16 @@ func helloRefusal(err error, t *tunnel) *Refusal {
 // those of an inspected host below TLS with the bottle's own certificate.
 func (g *Gate) terminate(w http.ResponseWriter, t *tunnel, e audit.Event) {
 	if t.scheme == "http" && !g.allow(e) {
+		t.flow.end()
 		auditFailed(t.host, t.port).write(w, true)
 		return
 	}
 	guest, ahead, err := hijack(w)
 	if err != nil {
+		t.flow.end()
 		return
 	}
+	t.flow.onCut(func() { guest.Close() })
 	from := replay(guest, ahead)
 	if t.scheme == "http" {
 		g.inner.put(g.newHTTPConn(from, t))
@@ -267,6 +302,7 @@ func (g *Gate) terminate(w http.ResponseWriter, t *tunnel, e audit.Event) {
 	}
 	raw, ok := g.acceptHello(from, t, &e)
 	if !ok || !g.allow(e) {
+		t.flow.end()
 		guest.Close()
 		return
 	}
@@ -277,7 +313,9 @@ func (g *Gate) terminate(w http.ResponseWriter, t *tunnel, e audit.Event) {
 	if err := c.HandshakeContext(ctx); err != nil {
 		e.Reason = "TLS handshake with the guest: " + err.Error()
 		e.Code = "guest_handshake_failed"
+		revoked(&e, t.flow)
 		g.end(e, time.Now())
+		t.flow.end()
 		guest.Close()
 		return
 	}

@@ -87,7 +87,7 @@ func (g *Gate) addresses(ctx context.Context, host string, port int, rule *plan.
 	}
 	for i, ip := range ips {
 		ips[i] = ip.WithZone("").Unmap()
-		if err := g.matcher.CheckAddr(rule, ips[i], port, own); err != nil {
+		if err := g.rules().CheckAddr(rule, ips[i], port, own); err != nil {
 			f := fault.As(err)
 			return nil, refused("address_not_allowed", host, port, host+": "+f.Msg, f.Hint)
 		}

@@ -79,22 +79,38 @@ func (g *Gate) dialHost(ctx context.Context, _, address string) (net.Conn, error
 	if err != nil {
 		return nil, err
 	}
-	d := g.matcher.Decide(host, port)
+	d := g.rules().Decide(host, port)
 	if !d.Allow {
 		return nil, denied(d, host, port)
 	}
-	c, _, err := g.reach(ctx, host, port, d.Rule)
-	return c, err
+	f, why := g.follow(context.Background(), host, port, d.Rule)
+	if why != nil {
+		return nil, why
+	}
+	c, dialled, err := g.reach(ctx, host, port, d.Rule)
+	if err == nil && dialled != "" {
+		if err = f.dialled(c); err != nil {
+			c.Close()
+		}
+	}
+	if err != nil {
+		f.end()
+		return nil, err
+	}
+	f.onCut(func() { c.Close() })
+	return &followed{c, f}, nil
 }
 
-// inspected tells if the gate terminates TLS for a tunnel.
+// inspected tells if the gate terminates TLS for a tunnel. Where a secret goes
+// is the plan's alone to say: a rule that was added later takes none there.
 func (g *Gate) inspected(t *tunnel) bool {
-	return t.Rule.Protocol == "tls" && (t.Rule.Inspect || g.inject[t.host] != nil)
+	return !t.Live && t.Rule.Protocol == "tls" && (t.Rule.Inspect || g.inject[t.host] != nil)
 }
 
 // exchange is one request and its answer.
 type exchange struct {
 	gate     *Gate
+	flow     *flow
 	event    *audit.Event
 	host     string
 	port     int
@@ -103,6 +119,7 @@ type exchange struct {
 	flush    func()    // towards the guest
 	sent     *counted
 	body     *body
+	over     atomic.Bool
 }
 
 type exchangeKey struct{}
@@ -138,7 +155,15 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 		f.write(w, r.ContentLength != 0 || r.Method == http.MethodConnect)
 		return
 	}
-	x := &exchange{gate: g, event: &e, host: t.host, port: t.port, tr: g.direct}
+	fl, f := g.follow(r.Context(), t.host, t.port, t.Rule)
+	if f != nil {
+		g.deny(f, e)
+		f.write(w, r.ContentLength != 0)
+		return
+	}
+	defer fl.end()
+	r = r.WithContext(fl.ctx)
+	x := &exchange{gate: g, flow: fl, event: &e, host: t.host, port: t.port, tr: g.direct}
 	if t.scheme == "https" {
 		x.injector = g.inject[t.host]
 	} else if g.leavesByProxy(t.Rule) {
@@ -163,10 +188,23 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 	// cut the rest of the request's body off.
 	_ = rc.EnableFullDuplex()
 	defer x.end(began)
+	fl.onCut(x.cutGuest(connOf(r)))
 	g.forward.ServeHTTP(w, r)
 	if x.sent != nil && !x.sent.ended.Load() {
 		x.flush()
 		connOf(r).drain()
+	}
+}
+
+// cutGuest ends the guest's connection where the exchange was cut and does not
+// end by itself: the guest may have stopped to read.
+func (x *exchange) cutGuest(c *httpConn) func() {
+	return func() {
+		time.AfterFunc(time.Second, func() {
+			if !x.over.Load() {
+				c.Close()
+			}
+		})
 	}
 }
 
@@ -229,7 +267,7 @@ func matchTunnel(r *http.Request, t *tunnel) *Refusal {
 // decide asks the rules, for each request anew.
 func (g *Gate) decide(r *http.Request, t *tunnel, e *audit.Event) *Refusal {
 	protocol := map[string]string{"http": "http", "https": "tls"}[t.scheme]
-	d := g.matcher.DecideAs(t.host, t.port, protocol)
+	d := g.rules().DecideAs(t.host, t.port, protocol)
 	describe(e, d)
 	if !d.Allow {
 		return denied(d, t.host, t.port)
@@ -380,7 +418,10 @@ func (x *exchange) refuse(r *http.Request, err error) *http.Response {
 	f := asRefusal(err, x.host, x.port)
 	var untrusted *tls.CertificateVerificationError
 	bad := connOf(r).bad.Load() // in the request's body, so that net/http has ended its context
+	why := x.flow.cut()
 	switch {
+	case why != nil:
+		f = asRefusal(why, x.host, x.port)
 	case bad != nil:
 		f = asRefusal(bad, x.host, x.port)
 	case errors.As(err, &untrusted):
@@ -404,6 +445,7 @@ func (x *exchange) refuse(r *http.Request, err error) *http.Response {
 }
 
 func (x *exchange) end(began time.Time) {
+	x.over.Store(true)
 	if x.sent != nil {
 		x.event.BytesOut = x.sent.n.Load()
 	}
@@ -414,6 +456,7 @@ func (x *exchange) end(began time.Time) {
 			x.event.Reason = "the answer held the secret, which was masked"
 		}
 	}
+	revoked(x.event, x.flow)
 	x.gate.end(*x.event, began)
 }
 

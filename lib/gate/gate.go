@@ -41,6 +41,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/ca"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/live"
 	"github.com/bottle-tools/bottle/lib/pipelock"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/policy"
@@ -103,7 +104,10 @@ var defaultLimits = limits{
 type Gate struct {
 	cfg     Config
 	limits  limits
-	matcher *policy.Matcher
+	matcher *policy.Matcher // the plan's rules; rules() is what holds
+	current atomic.Pointer[ruleset]
+	flows   flowList
+	clock   func() live.Instant
 	inject  map[string]*injector // by host
 	tls     *tls.Config          // towards the guest
 	forward *goproxy.ProxyHttpServer
@@ -115,6 +119,9 @@ type Gate struct {
 	start   time.Time
 	ids     atomic.Uint64
 	stats   counters
+
+	changing sync.Mutex  // held while the rules change
+	ending   *time.Timer // for the next end of a rule
 
 	mu     sync.Mutex
 	conns  map[*guestConn]struct{}
@@ -152,8 +159,13 @@ func New(cfg Config) (*Gate, error) {
 			return nil, err
 		}
 	}
-	g := &Gate{cfg: cfg, limits: defaultLimits, matcher: matcher, inner: newQueue(),
-		conns: make(map[*guestConn]struct{}), start: time.Now()}
+	g := &Gate{cfg: cfg, limits: defaultLimits, matcher: matcher, inner: newQueue(), clock: live.Now,
+		conns: make(map[*guestConn]struct{}), flows: flowList{list: make(map[*flow]struct{})}, start: time.Now()}
+	none, err := g.newRuleset(nil, false)
+	if err != nil {
+		return nil, err
+	}
+	g.current.Store(none)
 	if g.inject, err = injectors(cfg.Bottle.Secrets, cfg.Secrets); err != nil {
 		return nil, err
 	}
@@ -274,6 +286,11 @@ func (g *Gate) Close() error {
 	}
 	g.direct.CloseIdleConnections()
 	g.proxied.CloseIdleConnections()
+	g.changing.Lock()
+	if g.ending != nil {
+		g.ending.Stop()
+	}
+	g.changing.Unlock()
 	return err
 }
 

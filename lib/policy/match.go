@@ -33,6 +33,9 @@ type Decision struct {
 	Code   string
 	Reason string // one sentence, lower case, for people
 	Hint   string // what would change the answer; empty if allowed
+	// Live tells that Rule was added while the bottle runs (Overlay); Index
+	// counts in the rules that were added then.
+	Live bool
 }
 
 // Matcher answers for one list of rules. It does not change after Compile and
@@ -246,6 +249,31 @@ func (m *Matcher) Decide(host string, port int) Decision { return m.DecideAs(hos
 // DecideAs is Decide for a client that is known to speak protocol, so that the
 // hint is about it. The answer is the same.
 func (m *Matcher) DecideAs(host string, port int, protocol string) Decision {
+	q, bad := ask(host, port)
+	if bad != nil {
+		return *bad
+	}
+	if i, _ := m.find(&m.deny, q.name, q.ip, port); i >= 0 {
+		return m.denied(i)
+	}
+	i, near := m.find(&m.allow, q.name, q.ip, port)
+	if i >= 0 {
+		return m.allowed(i)
+	}
+	return m.refused(q, near, protocol)
+}
+
+// question is a host and a port in the one reading that they have: a name or an
+// address.
+type question struct {
+	name string
+	ip   netip.Addr
+	port int
+}
+
+// ask reads a host and a port as the client sent them, or gives the decision
+// against what has no one reading.
+func ask(host string, port int) (question, *Decision) {
 	name, ip, f := parseHost(host)
 	if f == nil && !ip.IsValid() && !isASCII(name) {
 		f = badHost("%s is not ASCII", quote(host))
@@ -254,28 +282,31 @@ func (m *Matcher) DecideAs(host string, port int, protocol string) Decision {
 		}
 	}
 	if f != nil {
-		return Decision{Index: -1, Code: BadHost, Reason: f.Msg, Hint: f.Hint}
+		return question{}, &Decision{Index: -1, Code: BadHost, Reason: f.Msg, Hint: f.Hint}
 	}
 	if err := CheckPort(port); err != nil {
 		f := fault.As(err)
-		return Decision{Index: -1, Code: BadPort, Reason: f.Msg, Hint: f.Hint}
+		return question{}, &Decision{Index: -1, Code: BadPort, Reason: f.Msg, Hint: f.Hint}
 	}
-	if i, _ := m.find(&m.deny, name, ip, port); i >= 0 {
-		return m.denied(i)
-	}
-	i, near := m.find(&m.allow, name, ip, port)
-	if i >= 0 {
-		r := &m.rules[i]
-		return Decision{Allow: true, Index: i, Rule: r, Code: Allowed, Reason: "allowed by " + r.From}
-	}
-	shown := name
-	if ip.IsValid() {
-		shown = ip.String()
+	return question{name, ip, port}, nil
+}
+
+func (m *Matcher) allowed(i int) Decision {
+	r := &m.rules[i]
+	return Decision{Allow: true, Index: i, Rule: r, Code: Allowed, Reason: "allowed by " + r.From}
+}
+
+// refused says why nothing allows q: near is a rule that has the host with other
+// ports, or -1.
+func (m *Matcher) refused(q question, near int, protocol string) Decision {
+	shown := q.name
+	if q.ip.IsValid() {
+		shown = q.ip.String()
 	}
 	if near >= 0 {
-		return m.wrongPort(near, shown, port, protocol)
+		return m.wrongPort(near, shown, q.port, protocol)
 	}
-	return m.unlisted(shown, ip, port, protocol)
+	return m.unlisted(shown, q.ip, q.port, protocol)
 }
 
 func (m *Matcher) denied(i int) Decision {
@@ -400,11 +431,19 @@ func (m *Matcher) find(t *table, name string, ip netip.Addr, port int) (hit, nea
 // CheckAddr is the check on each address that a name resolved to, before it is
 // dialled: the deny rules about addresses, and then CheckAddr of this package.
 func (m *Matcher) CheckAddr(rule *plan.Rule, ip netip.Addr, port int, local []netip.Addr) error {
+	if err := m.denies(ip, port); err != nil {
+		return err
+	}
+	return CheckAddr(rule, ip, local)
+}
+
+// denies looks for a deny rule about an address, or about one that it carries.
+func (m *Matcher) denies(ip netip.Addr, port int) error {
 	for _, a := range append(carried(ip), ip.WithZone("").Unmap()) {
 		if i, _ := m.find(&m.deny, "", a, port); i >= 0 {
 			d := m.denied(i)
 			return refused(d.Code, "%s is %s", ip, d.Reason).WithHint("%s", d.Hint)
 		}
 	}
-	return CheckAddr(rule, ip, local)
+	return nil
 }
