@@ -41,6 +41,7 @@ var sections = []section{
 	{"run", (*bench).wholeRun},
 	{"fleet", (*bench).fleetOf},
 	{"allowlist", (*bench).allowlist},
+	{"gate", (*bench).gates},
 }
 
 // stages takes the pipeline apart, one after the other, with each stage's

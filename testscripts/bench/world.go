@@ -24,7 +24,8 @@ const callLimit = 2 * time.Minute
 // cache is read or written.
 type world struct {
 	ctx     context.Context // its end stops what is being measured
-	bin     string          // the tools
+	repo    string
+	bin     string // the tools
 	scripts string
 	dir     string // short: sockets lie below
 	project string
@@ -42,7 +43,7 @@ func newWorld(ctx context.Context, repo string) (*world, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &world{ctx: ctx, bin: bin, scripts: scripts, dir: dir, project: filepath.Join(dir, "project")}
+	w := &world{ctx: ctx, repo: repo, bin: bin, scripts: scripts, dir: dir, project: filepath.Join(dir, "project")}
 	for _, d := range []string{"project", "state", "run", "cache", "home", "raw"} {
 		if err := os.Mkdir(filepath.Join(dir, d), 0o700); err != nil {
 			return w, err
