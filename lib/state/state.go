@@ -408,8 +408,9 @@ func (r *Root) Aside(id string) (string, error) {
 // AsidePath is the folder that Aside makes.
 func (r *Root) AsidePath(id string) string { return filepath.Join(r.Dir, "aside", id) }
 
-// Audit is where the bottle's audit log lies. It outlives the bottle: what an
-// agent reached is asked for after the agent is gone.
+// Audit is where the bottle's audit log lies, or its newest file: audit.Read
+// finds the others. It outlives the bottle: what an agent reached is asked for
+// after the agent is gone.
 func (r *Root) Audit(id string) string { return filepath.Join(r.Dir, "audit", id+".jsonl") }
 
 // MakeAudit makes the folder of the audit logs.
@@ -425,9 +426,18 @@ func (r *Root) TidyAudit(id string) error {
 	if err != nil || fi.Size() > 4096 {
 		return err
 	}
-	raw, err := os.ReadFile(path)
-	if err != nil || strings.Contains(string(raw), `"verdict"`) {
+	// The files before it hold what was asked for.
+	if older, err := filepath.Glob(path + ".*"); err != nil || len(older) > 0 {
 		return err
+	}
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(raw)) {
+		if !strings.Contains(line, `"event":"start"`) && !strings.Contains(line, `"event":"stop"`) {
+			return nil
+		}
 	}
 	return os.Remove(path)
 }

@@ -263,9 +263,13 @@ func TestTidyAudit(t *testing.T) {
 	if err := r.MakeAudit(); err != nil {
 		t.Fatal(err)
 	}
-	os.WriteFile(r.Audit("a-00000000"), []byte(`{"event":"start"}`+"\n"), 0o600)
-	os.WriteFile(r.Audit("b-00000000"), []byte(`{"event":"connect","verdict":"deny"}`+"\n"), 0o600)
-	for _, id := range []string{"a-00000000", "b-00000000", "c-00000000"} {
+	const quiet = `{"event":"start"}` + "\n" + `{"event":"stop"}` + "\n"
+	os.WriteFile(r.Audit("a-00000000"), []byte(quiet), 0o600)
+	os.WriteFile(r.Audit("b-00000000"), []byte(quiet+`{"event":"connect","verdict":"deny"}`+"\n"), 0o600)
+	os.WriteFile(r.Audit("d-00000000"), []byte(quiet), 0o600)
+	os.WriteFile(r.Audit("d-00000000")+".000001", []byte(`{"event":"connect","verdict":"deny"}`+"\n"), 0o600)
+	os.WriteFile(r.Audit("e-00000000"), []byte(quiet+`{"ti`), 0o600)
+	for _, id := range []string{"a-00000000", "b-00000000", "c-00000000", "d-00000000", "e-00000000"} {
 		if err := r.TidyAudit(id); err != nil {
 			t.Error(err)
 		}
@@ -273,7 +277,9 @@ func TestTidyAudit(t *testing.T) {
 	if _, err := os.Stat(r.Audit("a-00000000")); err == nil {
 		t.Error("a log without a decision was kept")
 	}
-	if _, err := os.Stat(r.Audit("b-00000000")); err != nil {
-		t.Error("a log with a decision was removed")
+	for _, id := range []string{"b-00000000", "d-00000000", "e-00000000"} {
+		if _, err := os.Stat(r.Audit(id)); err != nil {
+			t.Errorf("%s: a log with more in it was removed", id)
+		}
 	}
 }

@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"errors"
@@ -10,10 +9,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"time"
 
-	"github.com/tidwall/gjson"
-
+	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/keeper"
 	"github.com/bottle-tools/bottle/lib/policy"
@@ -223,26 +222,23 @@ func (d denial) String() string {
 
 // denied sums the refusals of an audit log up by host and port.
 func denied(path string) []denial {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil
-	}
-	defer f.Close()
 	sums := map[string]*denial{}
-	sc := bufio.NewScanner(f)
-	for sc.Scan() {
-		r := gjson.GetManyBytes(sc.Bytes(), "verdict", "host", "port", "code", "reason", "method")
-		if r[0].Str != "deny" {
+	for l, err := range audit.Read(path) {
+		if err != nil {
+			break
+		}
+		e := &l.Event
+		if e.Verdict != audit.Deny {
 			continue
 		}
-		target := r[1].String()
-		if r[2].Exists() {
-			target += ":" + r[2].Raw
+		target := e.Host
+		if e.Port != 0 {
+			target += ":" + strconv.Itoa(e.Port)
 		}
-		key := target + " " + r[3].Str
+		key := target + " " + e.Code
 		if sums[key] == nil {
-			d := denial{host: r[1].Str, port: int(r[2].Int()), target: printable(target), code: r[3].Str, reason: printable(r[4].Str)}
-			if m := r[5].Str; m != "" && m != "CONNECT" {
+			d := denial{host: e.Host, port: e.Port, target: printable(target), code: e.Code, reason: printable(e.Reason)}
+			if e.Method != "" && e.Method != "CONNECT" {
 				d.protocol = "http"
 			}
 			sums[key] = &d

@@ -8,6 +8,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/keeper"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -179,11 +180,10 @@ The audit log outlives its bottle: bottle-vm status says where it lies.
 			if err != nil {
 				return err
 			}
-			paths := []string{b.Path("keeper.log"), b.Path("engine.log"), b.Path("pipelock/pipelock.log")}
 			if auditLog {
-				paths = []string{b.Root.Audit(b.ID)}
+				return v.decisions(ctx, b, follow)
 			}
-			return v.tail(ctx, b, paths, follow)
+			return v.tail(ctx, b, []string{b.Path("keeper.log"), b.Path("engine.log"), b.Path("pipelock/pipelock.log")}, follow)
 		},
 	}
 }
@@ -205,6 +205,38 @@ func (v *vm) tail(ctx context.Context, b *state.Bottle, paths []string, follow b
 		_, gone := os.Lstat(b.Dir)
 		for _, f := range files {
 			if _, err := io.Copy(v.p.Stdout, f); err != nil {
+				return fault.New(fault.IO, "write_failed", "copying the log: %w", err)
+			}
+		}
+		if !follow || gone != nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+// decisions copies the audit log, over all its files.
+func (v *vm) decisions(ctx context.Context, b *state.Bottle, follow bool) error {
+	r, err := audit.OpenReader(b.Root.Audit(b.ID))
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	for {
+		_, gone := os.Lstat(b.Dir)
+		for {
+			l, err := r.Next()
+			if err == io.EOF {
+				break
+			}
+			if err != nil {
+				return err
+			}
+			if _, err := v.p.Stdout.Write(append(l.Raw, '\n')); err != nil {
 				return fault.New(fault.IO, "write_failed", "copying the log: %w", err)
 			}
 		}
