@@ -143,7 +143,8 @@ func (l *Log) Start() error {
 // refusal, and what a close line tells of has flowed. They are durable within
 // lazySync; all others before Write returns.
 func lazy(e *Event) bool {
-	return e.Event == KindClose || e.Verdict == Deny || e.Verdict == Failed
+	decision := e.Event == KindConnect || e.Event == KindRequest
+	return e.Event == KindClose || decision && e.Verdict != Allow
 }
 
 // Write appends one line. Concurrent ones share one sync. After an error every
@@ -364,9 +365,8 @@ func (l *Log) rewrite(todo []*held) error {
 	}
 	reopen := &held{event: Event{Event: KindReopen, Bottle: l.opts.Bottle, Time: now, Reason: cut(reason, maxText)}}
 	for _, h := range append(todo[:len(todo):len(todo)], reopen) {
-		if h.err != nil && h.event.Verdict == Allow {
-			h.event.Verdict, h.event.Code = Deny, "audit_failed"
-			h.event.Reason = "the decision could not be written to the audit log"
+		if h.err != nil {
+			h.event.refuse()
 		}
 		line, err := l.encode(&h.event)
 		if err == nil {
@@ -377,6 +377,17 @@ func (l *Log) rewrite(todo []*held) error {
 		}
 	}
 	return l.file.Sync(l.size)
+}
+
+// refuse makes an event say what became of it when its line was not durable:
+// whoever waited for that was told that it failed.
+func (e *Event) refuse() {
+	switch {
+	case e.Event == KindChange:
+		e.Reason = "this line could not be written in time, and whoever made the change was told that it failed"
+	case e.Verdict == Allow:
+		e.Verdict, e.Code, e.Reason = Deny, "audit_failed", "the decision could not be written to the audit log"
+	}
 }
 
 // Head is the last line.
