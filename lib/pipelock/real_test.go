@@ -12,7 +12,9 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -66,6 +68,45 @@ func TestRealCheck(t *testing.T) {
 	}
 	wantFault(t, p.Check(t.Context(), []byte("mode: paranoid\n")), "proxy_refuses", `invalid mode "paranoid"`)
 	wantFault(t, p.Check(t.Context(), []byte("nope: 1\n")), "proxy_refuses", "field nope not found")
+}
+
+// TestRealOpinion: what Says foretells is what pipelock's own check of a URL
+// finds in its lists. Names do not resolve here, which it finds out later.
+func TestRealOpinion(t *testing.T) {
+	p := realProgram(t)
+	y := mustYAML(t, tls("api.example.test"), tls("*.example.invalid"), tls("93.184.216.34"), tls("9.9.9.9"), allow("plain.example.test", "http", 80),
+		deny("bad.example.invalid"), deny("*.deep.example.invalid"), deny("9.9.9.0/24"))
+	file := filepath.Join(t.TempDir(), "c.yaml")
+	if err := os.WriteFile(file, y, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	scanner := regexp.MustCompile(`Scanner: *(\S+)`)
+	for _, host := range []string{"api.example.test", "API.example.test.", "xapi.example.test", "x.api.example.test", "example.invalid", "a.example.invalid",
+		"a.b.example.invalid", "bad.example.invalid", "x.bad.example.invalid", "deep.example.invalid", "q.deep.example.invalid", "93.184.216.34", "9.9.9.9",
+		"plain.example.test", "evil.test", "10.0.0.1", "127.1"} {
+		want, err := Says(string(y), host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := exec.CommandContext(t.Context(), p.Path, "check", "-c", file, "--url", "https://"+host+"/").CombinedOutput()
+		found := scanner.FindSubmatch(out)
+		real := Opinion{Verdict: "allow", List: "api_allowlist"}
+		switch {
+		case err != nil && found == nil:
+			t.Errorf("%s: %v: %s", host, err, out)
+			continue
+		case err == nil, strings.Contains(string(out), "DNS resolution error"):
+		case string(found[1]) == "ssrf":
+			real = Opinion{Verdict: "deny", List: "internal"}
+		case string(found[1]) == "allowlist":
+			real = Opinion{Verdict: "deny", List: "api_allowlist"}
+		default:
+			real = Opinion{Verdict: "deny", List: string(found[1])}
+		}
+		if real.Verdict != want.Verdict || real.List != want.List {
+			t.Errorf("%s: pipelock says %+v, Says %+v\n%s", host, real, want, out)
+		}
+	}
 }
 
 func TestRealLifecycle(t *testing.T) {

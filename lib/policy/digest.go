@@ -32,46 +32,61 @@ func RulesSHA256(rules []plan.Rule) string {
 // residualNames bounds how many hosts one sentence of Residual names.
 const residualNames = 5
 
+// blind lists what the gate does not see or hold, by kind of allow rule, in the
+// order of Residual.
+var blind = []struct {
+	of   func(r *plan.Rule) bool
+	text string
+}{
+	{func(r *plan.Rule) bool { return r.Protocol == "tls" && !r.Inspect && r.Host != "" },
+		"TLS is end to end: only the server name is seen; paths, bodies and the Host header inside are not"},
+	{func(r *plan.Rule) bool { return r.Protocol == "tls" && r.CIDR != "" },
+		"TLS is end to end and an address has no server name: nothing inside is seen, the Host header neither"},
+	{func(r *plan.Rule) bool { return r.Class == ClassWildcard },
+		"the labels below the wildcard are chosen by the guest and can carry data to whoever answers for that name"},
+	{func(r *plan.Rule) bool { return r.Protocol == "http" },
+		"plain HTTP: whoever is on the way can read and change it"},
+	{func(r *plan.Rule) bool { return r.Protocol == "ssh" },
+		"SSH is end to end: only the banner is seen"},
+	{func(r *plan.Rule) bool { return r.Protocol == "tcp" },
+		"raw TCP: nothing in the stream is understood"},
+	{func(r *plan.Rule) bool {
+		return r.Class == ClassPrivate || r.Class == ClassCGNAT || len(r.Addresses) > 0
+	},
+		"reaches an address that is named in the manifest, which may be on the host or its networks"},
+}
+
 // Residual says in sentences what the gate cannot see under this policy, so
 // that nobody takes an allowlist for more than it is. The order is fixed; an
 // empty list means that every request is seen whole.
 func Residual(p plan.Policy) []string {
-	var opaque, wild, clear, ssh, raw, private []string
-	for i := range p.Rules {
-		r := &p.Rules[i]
-		if r.Verdict != "allow" {
-			continue
-		}
-		host := r.Host + r.CIDR
-		switch {
-		case r.Protocol == "tls" && !r.Inspect:
-			opaque = append(opaque, host)
-		case r.Protocol == "http":
-			clear = append(clear, host)
-		case r.Protocol == "ssh":
-			ssh = append(ssh, host)
-		case r.Protocol == "tcp":
-			raw = append(raw, host)
-		}
-		if r.Class == ClassWildcard {
-			wild = append(wild, host)
-		}
-		if r.Class == ClassPrivate || r.Class == ClassCGNAT || len(r.Addresses) > 0 {
-			private = append(private, host)
-		}
-	}
 	out := []string{}
-	say := func(hosts []string, text string) {
+	for _, b := range blind {
+		var hosts []string
+		for i := range p.Rules {
+			if r := &p.Rules[i]; r.Verdict == "allow" && b.of(r) {
+				hosts = append(hosts, r.Host+r.CIDR)
+			}
+		}
 		if len(hosts) > 0 {
-			out = append(out, some(hosts)+": "+text)
+			out = append(out, some(hosts)+": "+b.text)
 		}
 	}
-	say(opaque, "TLS is end to end: only the server name is seen; paths, bodies and the Host header inside are not")
-	say(wild, "the labels below the wildcard are chosen by the guest and can carry data to whoever answers for that name")
-	say(clear, "plain HTTP: whoever is on the way can read and change it")
-	say(ssh, "SSH is end to end: only the banner is seen")
-	say(raw, "raw TCP: nothing in the stream is understood")
-	say(private, "reaches an address that is named in the manifest, which may be on the host or its networks")
+	return out
+}
+
+// ResidualOf is what Residual says of one allow rule, without its name.
+// inspected tells that the gate reads what the rule lets through, which a
+// secret brings about as well as the rule itself.
+func ResidualOf(r *plan.Rule, inspected bool) []string {
+	as := *r
+	as.Inspect = as.Inspect || inspected
+	out := []string{}
+	for _, b := range blind {
+		if b.of(&as) {
+			out = append(out, b.text)
+		}
+	}
 	return out
 }
 

@@ -76,8 +76,32 @@ func TestResidual(t *testing.T) {
 		t.Errorf("an inspected host: %v", r)
 	}
 	many := plan.Policy{Rules: manyRules(100)}
-	if r := Residual(many); !strings.Contains(r[0], "and 95 more") {
-		t.Errorf("many: %s", r[0])
+	if r := Residual(many); !strings.Contains(r[0], "and 62 more: TLS") || !strings.Contains(r[1], "and 28 more: TLS is end to end and an address") {
+		t.Errorf("many: %s\n%s", r[0], r[1])
+	}
+}
+
+// What is said of the whole policy is said of its rules one by one, and nothing
+// else.
+func TestResidualOf(t *testing.T) {
+	for _, r := range []plan.Rule{
+		rule(t, "a.example"), rule(t, "*.b.example"), rule(t, "http c.example@80"), rule(t, "ssh d.example@22"),
+		rule(t, "tcp 10.0.0.1@5432"), rule(t, "93.184.216.34"), rule(t, "100.64.0.0/10"),
+	} {
+		want := Residual(plan.Policy{Rules: []plan.Rule{r}})
+		got := ResidualOf(&r, false)
+		for i := range want {
+			if i >= len(got) || want[i] != r.Host+r.CIDR+": "+got[i] || len(got) != len(want) {
+				t.Errorf("%+v: %q, alone %q", r, want, got)
+			}
+		}
+		if len(got) == 0 {
+			t.Errorf("%+v hides nothing", r)
+		}
+	}
+	r := rule(t, "a.example")
+	if got := ResidualOf(&r, true); len(got) != 0 || r.Inspect {
+		t.Errorf("a host that gets a secret: %q", got)
 	}
 }
 

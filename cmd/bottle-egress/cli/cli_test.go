@@ -211,7 +211,8 @@ func TestUsage(t *testing.T) {
 		args []string
 		text string
 	}{
-		{[]string{"explain", "a.example"}, `unknown verb "explain"`},
+		{[]string{"explian", "a.example"}, `unknown verb "explian"`},
+		{[]string{"explain"}, "explain takes one host"},
 		{[]string{"nonsense"}, `unknown verb "nonsense"`},
 		{[]string{"yaml", "x"}, `unexpected argument "x"`},
 		{[]string{"--nope"}, "nope"},

@@ -67,8 +67,8 @@ func one(ctx context.Context, p *tool.Proc) (*plan.Doc, error) {
 	case err != nil:
 		return nil, err
 	}
-	if f := d.Failure(); f != nil {
-		return nil, &fault.Error{Exit: f.Exit, Code: f.Code, Msg: "the stage " + f.Stage + " before this one failed: " + f.Message, Hint: f.Hint}
+	if err := earlierFailure(d); err != nil {
+		return nil, err
 	}
 	_, err = in.Next(ctx)
 	switch {
