@@ -73,6 +73,7 @@ var runners = map[string]string{
 	"lib/pipelock":             "pipelock",
 	"lib/runsc":                "runsc",
 	"lib/secret":               "the command: sources of a manifest",
+	"lib/sign":                 "ssh-keygen",
 	"lib/smolvm":               "smolvm",
 	"lib/worktree":             "git, for diff",
 	// for tests

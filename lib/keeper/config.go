@@ -33,9 +33,10 @@ type Config struct {
 	Manifest string            `json:"manifest"`  // its absolute path
 	Secrets  map[string]string `json:"secrets"`
 
-	Runtime    string `json:"runtime"`
-	RuntimeWhy string `json:"runtime_why"`
-	Pipelock   string `json:"pipelock"` // the program; "" for the built-in proxy
+	Runtime    string        `json:"runtime"`
+	RuntimeWhy string        `json:"runtime_why"`
+	Signed     []plan.Signer `json:"signed"`   // who has signed the plan, where up asked
+	Pipelock   string        `json:"pipelock"` // the program; "" for the built-in proxy
 
 	Workspace string        `json:"workspace"` // the host folder
 	Rootfs    string        `json:"rootfs"`    // "" for image host

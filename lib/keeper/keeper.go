@@ -359,6 +359,7 @@ func (k *keeper) finish(s *engine.Started) error {
 		Gate:        plan.GateRef{AuditLog: k.root.Audit(k.cfg.ID)},
 		Proxy:       k.proxy.ref(),
 		Enforcement: s.Enforcement,
+		Signed:      k.cfg.Signed,
 		StartedAt:   k.now().UTC().Format(time.RFC3339),
 	}
 	for _, c := range k.rec.Processes {

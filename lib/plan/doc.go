@@ -89,18 +89,18 @@ func (d *Doc) Set(name string, v any) error {
 }
 
 func rank(name string) int {
-	for i, n := range []string{"format_version", "bottle", "egress", "pack", "vm"} {
+	for i, n := range []string{"format_version", "bottle", "signatures", "egress", "pack", "vm"} {
 		if n == name {
 			return i
 		}
 	}
 	switch name {
 	case "diagnostics":
-		return 5
+		return 6
 	case "error":
-		return 7
+		return 8
 	}
-	return 6
+	return 7
 }
 
 // Encode writes v the way documents are written: compact, members in the order
@@ -161,6 +161,16 @@ func (d *Doc) Bottle() (*Bottle, error) {
 		return nil, err
 	}
 	return b, b.Validate()
+}
+
+// Signatures decodes the section of bottle-plan sign; there may be none.
+func (d *Doc) Signatures() ([]Signature, error) {
+	raw := d.Raw("signatures")
+	if raw == nil {
+		return nil, nil
+	}
+	var s []Signature
+	return s, Decode("signatures", raw, &s, true)
 }
 
 // Egress decodes the section of bottle-egress.

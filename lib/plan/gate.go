@@ -34,6 +34,7 @@ var sections = map[string]struct {
 }{
 	"format_version": {reflect.TypeFor[string](), true},
 	"bottle":         {reflect.TypeFor[Bottle](), true},
+	"signatures":     {reflect.TypeFor[[]Signature](), true},
 	"egress":         {reflect.TypeFor[Egress](), true},
 	"pack":           {reflect.TypeFor[Pack](), false},
 	"vm":             {reflect.TypeFor[VM](), false},

@@ -8,6 +8,8 @@
 // byte. docs/pipeline.md is the normative text.
 package plan
 
+import "strings"
+
 // FormatVersion is what this version of the tools writes. Readers accept any
 // minor of the same major.
 const FormatVersion = "1.0"
@@ -75,6 +77,12 @@ type Candidate struct {
 type Image struct {
 	Kind   string `json:"kind"`             // host | path | reference
 	Source string `json:"source,omitempty"` // empty for host
+}
+
+// Pinned tells whether the image is one and no other: a reference has to hold a
+// digest. A path is whatever lies there, which no plan can pin.
+func (i Image) Pinned() bool {
+	return i.Kind != "reference" || isSHA(i.Source[strings.LastIndexByte(i.Source, '@')+1:])
 }
 
 // Workspace is the folder the agent works in, at /workspace in the guest.
@@ -160,6 +168,12 @@ type Injection struct {
 	Format string `json:"format,omitempty"`
 }
 
+// Signature is one signature of the bottle section by an SSH key, armoured
+// (PROTOCOL.sshsig): what Digest digests, in namespace sign.Namespace.
+type Signature struct {
+	SSH string `json:"ssh"`
+}
+
 // Egress is derived from Bottle.Egress by bottle-egress. up recomputes it and
 // refuses a document in which it differs.
 type Egress struct {
@@ -200,7 +214,15 @@ type VM struct {
 	Gate        GateRef     `json:"gate"`
 	Proxy       ProxyRef    `json:"proxy"`
 	Enforcement Enforcement `json:"enforcement"`
-	StartedAt   string      `json:"started_at"` // RFC 3339, UTC
+	Signed      []Signer    `json:"signed,omitempty"` // whose signatures were asked for and found good
+	StartedAt   string      `json:"started_at"`       // RFC 3339, UTC
+}
+
+// Signer is who has signed a plan: a principal of the allowed signers, and the
+// key, as in "ED25519 SHA256:…".
+type Signer struct {
+	Name string `json:"name"`
+	Key  string `json:"key"`
 }
 
 type GateRef struct {

@@ -44,7 +44,7 @@ func isHeader(s string) bool { return s != "" && only(s, tchar) }
 // an id stands on some command line.
 var Verbs = []string{
 	"up", "exec", "cp", "ls", "status", "logs", "diff", "stop", "down", "trust", "verify", "doctor",
-	"run", "start", "shell", "gc", "plan", "check", "init", "schema", "yaml", "serve", "explain",
+	"run", "start", "shell", "gc", "plan", "check", "init", "schema", "sign", "yaml", "serve", "explain",
 	"allow", "deny", "log", "learn", "replay", "keeper", "help", "version",
 }
 

@@ -1,6 +1,6 @@
 // Package cli is the body of bottle-plan. Nothing in it writes a file, opens a
-// connection or starts a program; -o is the one exception, and only where the
-// caller asks for it.
+// connection or starts a program, but where the caller asks for it: -o writes,
+// and the verbs sign and verify run ssh-keygen.
 package cli
 
 import (
@@ -47,7 +47,7 @@ func Run(ctx context.Context, p *tool.Proc) int {
 		LongHelp:   help,
 		FlagSet:    fs,
 		Subcommands: []*tool.Command{
-			checkCommand(p), initCommand(p), schemaCommand(p),
+			checkCommand(p), initCommand(p), schemaCommand(p), signCommand(p), verifyCommand(p),
 		},
 		Exec: func(_ context.Context, args []string) error { return c.run(args) },
 	}
@@ -153,7 +153,7 @@ func unknownAgent(m *manifest.Manifest, name string) error {
 	if k := m.Nearest(name); k != "" {
 		return f.WithHint("did you mean %s?", k)
 	}
-	return f.WithHint("its agents: %s; verbs: check, init, schema", strings.Join(m.Agents(), ", "))
+	return f.WithHint("its agents: %s; verbs: check, init, schema, sign, verify", strings.Join(m.Agents(), ", "))
 }
 
 func (c *planCommand) write(b *plan.Bottle, named bool) error {

@@ -2,9 +2,11 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -16,6 +18,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/pipelock"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/secret"
+	"github.com/bottle-tools/bottle/lib/sign"
 	"github.com/bottle-tools/bottle/lib/smolfile"
 	"github.com/bottle-tools/bottle/lib/state"
 	"github.com/bottle-tools/bottle/lib/tool"
@@ -25,8 +28,24 @@ import (
 
 type upFlags struct {
 	dir, name, cache string
+	signers, revoked filename
+	expect           tool.List
 	owner            int
 	printID          bool
+}
+
+// filename is a flag that names a file: an empty value would read as if what it
+// asks for were not asked for.
+type filename string
+
+func (f *filename) String() string { return string(*f) }
+
+func (f *filename) Set(s string) error {
+	if s == "" {
+		return errors.New("names no file")
+	}
+	*f = filename(s)
+	return nil
 }
 
 func (v *vm) upCommand() *tool.Command {
@@ -37,7 +56,11 @@ func (v *vm) upCommand() *tool.Command {
 	fs.StringVar(&f.cache, "cache", "", "image cache `FOLDER`")
 	fs.IntVar(&f.owner, "owner", 0, "remove the bottle when process `PID` is gone")
 	fs.BoolVar(&f.printID, "print-id", false, "print the ids of the bottles instead of their documents")
-	v.p.Ambient(fs, "dir", "cache")
+	fs.Var(&f.signers, "require-signed", "start only what somebody has signed whom `FILE` allows (ssh-keygen(1), ALLOWED SIGNERS)")
+	fs.Var(&f.revoked, "revoked", "keys that do not count any more: a `FILE` with a KRL, or public keys")
+	fs.Var(&f.expect, "expect", "start only the plan with this `DIGEST`, as bottle-plan --hash prints it; may be repeated")
+	// Where signers are listed may be ambient: it can only keep bottles from starting.
+	v.p.Ambient(fs, "dir", "cache", "require-signed", "revoked")
 	out := v.p.OutputFlags(fs)
 	return &tool.Command{
 		Name:       "up",
@@ -48,7 +71,13 @@ Returns once the bottle is ready; it runs on under its keeper until down.
 Sections that are missing (egress, pack) are filled in; a section that differs
 from what up computes is refused.
 
-  bottle-plan claude | bottle-vm up | jq -r .vm.id`,
+With --require-signed, a signature in the document (bottle-plan sign) or in the
+file beside the manifest (bottle.json.sig) has to be about exactly this plan and
+made by a key that FILE allows; anything else is refused (77) before something
+is started. FILE has to lie where no bottle and no checkout comes.
+
+  bottle-plan claude | bottle-vm up | jq -r .vm.id
+  bottle-plan claude | bottle-vm up --require-signed ~/.config/bottle/allowed_signers`,
 		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
 			if err := tool.NoArgs(args); err != nil {
@@ -104,7 +133,7 @@ func (s *starter) run(ctx context.Context) error {
 		return err
 	}
 	for _, step := range []func(context.Context) error{
-		s.place, s.egress, s.trusted, s.folders, s.pack, s.programs, s.proxy, s.secrets,
+		s.place, s.expected, s.signed, s.egress, s.trusted, s.folders, s.pack, s.programs, s.proxy, s.secrets,
 	} {
 		if err := step(ctx); err != nil {
 			return err
@@ -143,6 +172,35 @@ func (s *starter) place(context.Context) (err error) {
 	if s.base, err = trust.Base(s.flags.dir, s.bottle.Manifest); err == nil && s.bottle.Manifest.Name != "-" {
 		s.cfg.Manifest = filepath.Join(s.base, s.bottle.Manifest.Name)
 	}
+	return err
+}
+
+// expected refuses a plan that is none of those the caller named.
+func (s *starter) expected(context.Context) error {
+	if len(s.flags.expect) == 0 {
+		return nil
+	}
+	digest, err := plan.Digest(s.bottle)
+	if err != nil {
+		return err
+	}
+	if slices.Contains(s.flags.expect, digest) {
+		return nil
+	}
+	return fault.New(fault.NoPerm, "unexpected_plan", "the plan of %s is %s, and not what --expect names", s.bottle.ID, digest).
+		WithHint("look at what changed; bottle-plan --hash %s prints the digest", s.bottle.Agent)
+}
+
+// signed refuses a plan that nobody has signed who may, if the caller asks for
+// signatures. It comes before anything that the plan wants is done.
+func (s *starter) signed(ctx context.Context) (err error) {
+	if s.flags.signers == "" {
+		if s.flags.revoked != "" {
+			return fault.New(fault.Usage, "usage", "--revoked without --require-signed").WithHint("say whose signatures count, too")
+		}
+		return nil
+	}
+	s.cfg.Signed, err = sign.Check(ctx, s.doc, s.bottle, s.vm.place(s.base), string(s.flags.signers), string(s.flags.revoked), s.root.Dir)
 	return err
 }
 
