@@ -89,7 +89,8 @@ var formats = map[string]string{
 	"github.com/elazarl/goproxy":              "lib/gate",
 	"github.com/google/go-containerregistry/": "lib/image",
 	"github.com/peterbourgon/ff/v3":           "lib/tool",
-	"golang.org/x/net/":                       "lib/policy",
+	"golang.org/x/net/idna":                   "lib/policy",
+	"golang.org/x/net/dns/":                   "lib/guest/helper",
 	"github.com/creack/pty":                   "lib/engine/gvisor",
 }
 

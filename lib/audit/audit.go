@@ -25,6 +25,7 @@ const (
 	KindReopen  = "reopen"  // lines could not be written for a while, and now can
 	KindConnect = "connect" // decision about a tunnel
 	KindRequest = "request" // decision about one HTTP request
+	KindLookup  = "lookup"  // a name that the guest's resolver did not get; bounded
 	KindClose   = "close"   // end of an allowed tunnel or request, with its bytes
 	KindStop    = "stop"    // the gate ended in order
 	KindChange  = "change"  // the bottle's owner changed the rules while it runs

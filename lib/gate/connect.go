@@ -58,6 +58,10 @@ func (g *Gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		g.connect(w, r)
 		return
 	}
+	if c.tunnel == nil && isLookup(r) {
+		g.lookupName(w, r)
+		return
+	}
 	g.request(w, r, c.tunnel)
 }
 

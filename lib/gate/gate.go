@@ -119,6 +119,7 @@ type Gate struct {
 	start   time.Time
 	ids     atomic.Uint64
 	stats   counters
+	lookups lookups
 
 	changing sync.Mutex  // held while the rules change
 	ending   *time.Timer // for the next end of a rule
@@ -257,6 +258,7 @@ func (g *Gate) Serve(ctx context.Context, l net.Listener) error {
 	err := g.server.Serve(&entry{l, g})
 	g.Close()
 	g.settle()
+	g.endLookups()
 
 	g.mu.Lock()
 	failed := g.failed

@@ -24,6 +24,25 @@ const (
 // ServiceEgress is the egress gate.
 const ServiceEgress = "egress"
 
+// LookupPath is what the guest's resolver asks the gate for, over
+// ServiceEgress, as GET LookupPath + "?name=" + NAME with Host LookupHost. The
+// answer is a Lookup, or a refusal like any other of the gate's.
+const (
+	LookupPath = "/.bottle/lookup"
+	LookupHost = "gate.bottle.invalid"
+)
+
+// Lookup is what is open of a name.
+type Lookup struct {
+	Services []Service `json:"services"`
+}
+
+// Service is a port and what the policy's rule says about it.
+type Service struct {
+	Port     int    `json:"port"`
+	Protocol string `json:"protocol"` // tls | http | ssh | tcp
+}
+
 // Config is /opt/bottle/config.json: all the helper knows. It holds no secret.
 type Config struct {
 	Transport string  `json:"transport"` // fd | unix
@@ -40,12 +59,22 @@ type Config struct {
 	// /etc/ssl/certs/ca-certificates.crt in an image that has none.
 	CABundle string `json:"ca_bundle,omitempty"`
 
+	// Addresses are those that the policy opens as such. The guest takes them for
+	// its own, so that what connects to one gets to the helper.
+	Addresses []Address `json:"addresses,omitempty"`
+
 	// PidsMax is held by the guest kernel's own pids cgroup (gVisor). Zero:
 	// no limit.
 	PidsMax int `json:"pids_max,omitempty"`
 	// Prepared tells that /etc was written by the host: only the home and the
 	// limit are left to do.
 	Prepared bool `json:"prepared,omitempty"`
+}
+
+// Address is one address or a block of them.
+type Address struct {
+	CIDR     string    `json:"cidr"`
+	Services []Service `json:"services"`
 }
 
 // Relay forwards TCP connections on Listen to a service of the host.

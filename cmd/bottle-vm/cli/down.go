@@ -176,7 +176,11 @@ func hints(b *state.Bottle) func(denial) string {
 		return none
 	}
 	return func(d denial) string {
-		if now := m.DecideAs(d.host, d.port, d.protocol); now.Code == d.code {
+		now := m.DecideAs(d.host, d.port, d.protocol)
+		if d.port == 0 { // a name that was looked up, for any port
+			_, now = m.Services(d.host)
+		}
+		if now.Code == d.code {
 			return now.Hint
 		}
 		return ""

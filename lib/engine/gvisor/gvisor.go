@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -450,10 +451,14 @@ func config(s *engine.Spec, l layout, args []string) (*runsc.Spec, error) {
 	}
 	return runsc.NewSpec(runsc.Container{
 		Hostname: s.ID, Rootfs: l.rootfs, Args: args, Env: helperEnv(s.Env), User: ids.user,
-		Capabilities: rootCapabilities, UIDs: ids.uids, GIDs: ids.gids, Binds: l.binds,
+		Capabilities: helperCapabilities, UIDs: ids.uids, GIDs: ids.gids, Binds: l.binds,
 		OpenFiles: openFiles, InternalCgroups: s.Bottle.Resources.Pids > 0, WorkingDirectory: "/",
 	}), nil
 }
+
+// helperCapabilities are those of the first process. With the last one it gives
+// the guest addresses of its own; it drops all but CAP_NET_BIND_SERVICE.
+var helperCapabilities = append(slices.Clone(rootCapabilities), "CAP_NET_ADMIN")
 
 // helperEnv starts the helper with one processor of the Go runtime: every thread
 // that it does without costs the sandbox a process less, 10 ms of a start. The

@@ -452,7 +452,7 @@ func TestBottleImage(t *testing.T) {
 		"etc/ssl/certs/ca-certificates.crt": "IMAGE ROOTS\nOWN CA\n",
 		"etc/ssl/certs/bottle-ca.pem":       "OWN CA\n",
 		"etc/hosts":                         "127.0.0.1 localhost image-00000001\n::1 localhost ip6-localhost\n",
-		"etc/resolv.conf":                   "",
+		"etc/resolv.conf":                   "nameserver 127.0.0.1\n",
 		"etc/hostname":                      "image-00000001\n",
 	} {
 		if got[name] != want {

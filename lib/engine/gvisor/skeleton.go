@@ -81,7 +81,7 @@ func etcFiles(s *engine.Spec) map[string][]byte {
 		"group":         "root:x:0:\n" + engine.GuestUser + ":x:" + id + ":\nnogroup:x:65534:\n",
 		"hosts":         helper.Hosts(s.ID),
 		"hostname":      s.ID + "\n",
-		"resolv.conf":   "",
+		"resolv.conf":   helper.Resolv,
 		"nsswitch.conf": helper.NSSwitch,
 		"shells":        "/bin/sh\n/bin/bash\n",
 	}
@@ -163,10 +163,11 @@ func writeGuestDir(dir string, s *engine.Spec, prepared bool) error {
 func guestConfig(s *engine.Spec, prepared bool) *guest.Config {
 	c := &guest.Config{
 		Transport: guest.TransportFD, FD: 3, Hostname: s.ID, Prepared: prepared,
-		Relays:  []guest.Relay{{Listen: engine.GuestProxy, Service: guest.ServiceEgress}},
-		User:    guestUser(s.Bottle.User),
-		PidsMax: pidsMax(s.Bottle.Resources.Pids),
-		CACert:  string(bytes.TrimSpace(s.CACert)),
+		Relays:    []guest.Relay{{Listen: engine.GuestProxy, Service: guest.ServiceEgress}},
+		User:      guestUser(s.Bottle.User),
+		PidsMax:   pidsMax(s.Bottle.Resources.Pids),
+		Addresses: guest.Addresses(s.Bottle.Egress.Rules),
+		CACert:    string(bytes.TrimSpace(s.CACert)),
 	}
 	if c.CACert != "" {
 		c.CACert += "\n"

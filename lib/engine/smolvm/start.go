@@ -171,6 +171,7 @@ func guestConfig(s *engine.Spec) guest.Config {
 		Hostname:  s.ID,
 		User:      u,
 		CACert:    string(s.CACert),
+		Addresses: guest.Addresses(s.Bottle.Egress.Rules),
 	}
 	if len(s.CABundle) > 0 {
 		cfg.CABundle = engine.GuestDir + "/" + caBundle

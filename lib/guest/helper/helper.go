@@ -1,8 +1,8 @@
 //go:build linux
 
 // Package helper is the body of bottle-guest: the first process in the guest.
-// It prepares what the image lacks, relays the loopback proxy port to the
-// gate, and reaps orphans. It runs as the guest's root with no capability left
+// It prepares what the image lacks, relays the loopback proxy port and the names
+// that the policy opens to the gate, and reaps orphans. It runs as the guest's root with no capability left
 // but the one for low ports; the agent is another user and cannot touch it.
 package helper
 
@@ -45,10 +45,18 @@ func Run(configPath string, stderr io.Writer) error {
 	default:
 		return fmt.Errorf("%s: unknown transport %q", configPath, cfg.Transport)
 	}
-	if err := start(cfg, dial, stderr); err != nil {
+	names, err := start(cfg, dial, stderr)
+	if err != nil {
 		return errors.Join(err, failed(err))
 	}
 	if err := ready(); err != nil {
+		return err
+	}
+	// What nobody waits for: it takes as long as the rest of the start.
+	if err := names.spread(); err != nil {
+		fmt.Fprintf(stderr, "no IPv6 addresses for names: %v\n", err)
+	}
+	if err := drop(unix.CAP_NET_BIND_SERVICE); err != nil {
 		return err
 	}
 	// The engine may have started it with one, which is quicker.
@@ -69,26 +77,41 @@ func readConfig(path string) (*guest.Config, error) {
 	return &cfg, nil
 }
 
-// start does the set-up, gives up every privilege and begins to relay.
-func start(cfg *guest.Config, dial dialFunc, stderr io.Writer) error {
+// start does the set-up, gives up what privileges it has no more use for and
+// begins to relay.
+func start(cfg *guest.Config, dial dialFunc, stderr io.Writer) (*names, error) {
 	if err := setup("/", cfg); err != nil {
-		return err
+		return nil, err
 	}
-	listeners := make([]net.Listener, len(cfg.Relays))
+	listeners, relays := make([]net.Listener, len(cfg.Relays)), make([]*relay, len(cfg.Relays))
+	var names *names
 	for i, r := range cfg.Relays {
 		l, err := net.Listen("tcp", r.Listen)
 		if err != nil {
-			return fmt.Errorf("relay for %s: %w", r.Service, err)
+			return nil, fmt.Errorf("relay for %s: %w", r.Service, err)
 		}
 		listeners[i] = l
+		relays[i] = newRelay(r, dial, stderr)
+		if r.Service == guest.ServiceEgress {
+			names = newNames(relays[i], stderr)
+		}
 	}
-	if err := drop(); err != nil {
-		return err
+	if err := ownAddresses(cfg.Addresses); err != nil {
+		return nil, err
 	}
-	for i, r := range cfg.Relays {
-		go newRelay(r, dial, stderr).serve(listeners[i])
+	if err := drop(unix.CAP_NET_BIND_SERVICE, unix.CAP_NET_ADMIN); err != nil {
+		return nil, err
 	}
-	return nil
+	if names == nil {
+		return nil, errors.New("the config has no way to the gate")
+	}
+	if err := names.start(cfg.Addresses); err != nil {
+		return nil, err
+	}
+	for i, r := range relays {
+		go r.serve(listeners[i])
+	}
+	return names, nil
 }
 
 // reap collects the orphans that the kernel hands to the first process. It

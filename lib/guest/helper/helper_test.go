@@ -232,7 +232,7 @@ func TestSetupEtcAndTrust(t *testing.T) {
 			"etc/passwd":                        "agent:x:1000:1000::/home/agent:/bin/sh\nroot:x:0:0:r:/root:/bin/ash\nnode:x:1000:1000::/home/node:/bin/sh\n",
 			"etc/group":                         "agent:x:1000:\nroot:x:0:\n",
 			"etc/hosts":                         Hosts("h"),
-			"etc/resolv.conf":                   "",
+			"etc/resolv.conf":                   Resolv,
 			"etc/nsswitch.conf":                 NSSwitch,
 			"etc/ssl/certs/bottle-ca.pem":       "OWN\n",
 			"etc/pki/tls/certs/ca-bundle.crt":   "RPM ROOTS\nOWN\n",

@@ -31,11 +31,14 @@ func becomeRoot() error {
 	return nil
 }
 
-// drop gives up every capability but CAP_NET_BIND_SERVICE, on every thread, and
-// forbids others to look into this process. The bounding set stays: this process
-// executes nothing.
-func drop() error {
-	const keep = 1 << unix.CAP_NET_BIND_SERVICE
+// drop gives up every capability but those of keep, on every thread, and forbids
+// others to look into this process. The bounding set stays: this process executes
+// nothing.
+func drop(keep ...int) error {
+	var kept uint32
+	for _, c := range keep {
+		kept |= 1 << c
+	}
 	if _, _, e := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0, 0); e != 0 && e != unix.EINVAL {
 		return fmt.Errorf("clear ambient capabilities: %w", e)
 	}
@@ -44,7 +47,7 @@ func drop() error {
 	if err := unix.Capget(&hdr, &data[0]); err != nil {
 		return fmt.Errorf("capget: %w", err)
 	}
-	held := data[0].Permitted & keep
+	held := data[0].Permitted & kept
 	data = [2]unix.CapUserData{{Effective: held, Permitted: held}}
 	// The kernel writes to the header of an unknown version only.
 	if _, _, e := syscall.AllThreadsSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&hdr)), uintptr(unsafe.Pointer(&data[0])), 0); e != 0 {

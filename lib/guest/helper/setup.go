@@ -159,7 +159,7 @@ func setupEtc(at func(string) string, cfg *guest.Config) error {
 	files := map[string]string{
 		"etc/hosts":       Hosts(cfg.Hostname),
 		"etc/hostname":    cfg.Hostname + "\n",
-		"etc/resolv.conf": "",
+		"etc/resolv.conf": Resolv,
 	}
 	for name, content := range files {
 		if err := replaceFile(at(name), []byte(content)); err != nil {
@@ -177,8 +177,11 @@ func Hosts(hostname string) string {
 	return "127.0.0.1 localhost " + hostname + "\n::1 localhost ip6-localhost\n"
 }
 
-// NSSwitch is /etc/nsswitch.conf of a guest: there is no network to ask.
-const NSSwitch = "passwd: files\ngroup: files\nshadow: files\nhosts: files\nnetworks: files\nprotocols: files\nservices: files\n"
+// Resolv is /etc/resolv.conf of a guest: the helper, and nobody else.
+const Resolv = "nameserver 127.0.0.1\n"
+
+// NSSwitch is /etc/nsswitch.conf of a guest.
+const NSSwitch = "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nnetworks: files\nprotocols: files\nservices: files\n"
 
 func shell(at func(string) string) string {
 	if _, err := os.Stat(at("bin/bash")); err == nil {
