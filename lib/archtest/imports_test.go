@@ -87,6 +87,9 @@ var formats = map[string]string{
 	"go.yaml.in/yaml/v3":                      "lib/pipelock",
 	"github.com/BurntSushi/toml":              "lib/smolfile",
 	"github.com/elazarl/goproxy":              "lib/gate",
+	"github.com/zricethezav/gitleaks/":        "lib/dlp",
+	"github.com/pelletier/go-toml/":           "lib/dlp", // for gitleaks' rules; its configuration brings it along
+	"github.com/klauspost/compress":           "lib/dlp",
 	"github.com/google/go-containerregistry/": "lib/image",
 	"github.com/peterbourgon/ff/v3":           "lib/tool",
 	"golang.org/x/net/idna":                   "lib/policy",
@@ -208,6 +211,37 @@ func TestLists(t *testing.T) {
 	for prefix, owner := range formats {
 		if !slices.ContainsFunc(uses[owner], func(imp string) bool { return strings.HasPrefix(imp, prefix) }) {
 			t.Errorf("%s does not import %s; strike it off formats", owner, prefix)
+		}
+	}
+}
+
+// TestRulesInTheGateAlone: what looks for secrets is large, and only the gate
+// has a use for it.
+func TestRulesInTheGateAlone(t *testing.T) {
+	byName := map[string]pkg{}
+	for _, p := range list(t) {
+		byName[p.name()] = p
+	}
+	for name := range byName {
+		if !strings.HasPrefix(name, "cmd/") || strings.HasSuffix(name, "/cli") {
+			continue
+		}
+		seen := map[string]bool{}
+		var walk func(string)
+		walk = func(n string) {
+			if seen[n] {
+				return
+			}
+			seen[n] = true
+			for _, imp := range byName[n].Imports {
+				if own, ok := strings.CutPrefix(imp, module); ok {
+					walk(own)
+				}
+			}
+		}
+		walk(name)
+		if seen["lib/dlp"] && name != "cmd/bottle-egress" {
+			t.Errorf("%s links lib/dlp", name)
 		}
 	}
 }

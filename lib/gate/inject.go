@@ -23,7 +23,7 @@ const minSecret = 4
 type injector struct {
 	secrets []*secret
 	remove  map[string]bool // spellings whose client copies go
-	mask    *finder         // for answers
+	mask    *masker
 }
 
 // secret is one value and the headers of this host that may carry it.
@@ -95,7 +95,7 @@ func (in *injector) prepare() {
 			}
 		}
 	}
-	in.mask = newFinder(values)
+	in.mask = newMasker(values)
 }
 
 // check tells why the host cannot be served, if a value is missing.
