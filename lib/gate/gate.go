@@ -121,6 +121,7 @@ type Gate struct {
 	stats   counters
 	lookups lookups
 
+	started  chan struct{}
 	changing sync.Mutex  // held while the rules change
 	ending   *time.Timer // for the next end of a rule
 
@@ -160,7 +161,7 @@ func New(cfg Config) (*Gate, error) {
 			return nil, err
 		}
 	}
-	g := &Gate{cfg: cfg, limits: defaultLimits, matcher: matcher, inner: newQueue(), clock: live.Now,
+	g := &Gate{cfg: cfg, limits: defaultLimits, matcher: matcher, inner: newQueue(), clock: live.Now, started: make(chan struct{}),
 		conns: make(map[*guestConn]struct{}), flows: flowList{list: make(map[*flow]struct{})}, start: time.Now()}
 	none, err := g.newRuleset(nil, false)
 	if err != nil {
@@ -252,6 +253,7 @@ func (g *Gate) Serve(ctx context.Context, l net.Listener) error {
 		g.Close()
 		return err
 	}
+	close(g.started)
 	stop := context.AfterFunc(ctx, func() { g.Close() })
 	defer stop()
 	go func() { _ = g.server.Serve(g.inner) }()
@@ -271,6 +273,10 @@ func (g *Gate) Serve(ctx context.Context, l net.Listener) error {
 	}
 	return g.cfg.Audit.Write(audit.Event{Event: audit.KindStop})
 }
+
+// Started is closed when Serve has written the log's first line. Rules that
+// change have their place behind it.
+func (g *Gate) Started() <-chan struct{} { return g.started }
 
 // Close ends the gate at once: listener, connections and tunnels.
 func (g *Gate) Close() error {

@@ -95,7 +95,7 @@ func (g *Gate) Apply(u live.Update) (live.Applied, error) {
 	if err != nil {
 		return live.Applied{}, err
 	}
-	narrows := !slices.ContainsFunc(u.Changes, opens)
+	narrows := !slices.ContainsFunc(u.Changes, func(c live.Change) bool { return c.Opens() })
 	cut := 0
 	if narrows {
 		cut = g.enforce(next)
@@ -116,12 +116,6 @@ func (g *Gate) Apply(u live.Update) (live.Applied, error) {
 		a.LiveSHA256 = policy.RulesSHA256(live.Plain(next.added))
 	}
 	return a, nil
-}
-
-// opens tells if a change can allow what was denied before.
-func opens(c live.Change) bool {
-	added := c.What == live.Added || c.What == live.Replaced
-	return added == (c.Rule.Verdict == "allow")
 }
 
 func changeEvent(c live.Change) audit.Event {

@@ -2,6 +2,10 @@
 // process: what the gate reads on stdin, what it answers, and on which
 // descriptor its connections arrive. The gate is a process of its own so that
 // it can die, and be replaced, without the bottle.
+//
+// stdin is one line of Config, and then a line of live.Update for each change
+// of the rules; stdout is one line of Ready, and a line of live.Applied for
+// each of those. A gate begins with the plan's rules alone.
 package gateproc
 
 import (
@@ -13,11 +17,13 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/fdpass"
+	"github.com/bottle-tools/bottle/lib/live"
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
@@ -48,6 +54,11 @@ type Process struct {
 	cmd   *exec.Cmd
 	done  chan struct{}
 	ready chan Ready
+
+	applying sync.Mutex // one update at a time
+	seq      uint64
+	stdin    io.WriteCloser
+	applied  chan live.Applied
 }
 
 // Start runs exe (bottle-egress) as a gate. stderr goes to log.
@@ -74,8 +85,9 @@ func Start(exe string, cfg Config, log *os.File) (*Process, error) {
 		var stdout io.ReadCloser
 		if stdout, err = cmd.StdoutPipe(); err == nil {
 			if err = cmd.Start(); err == nil {
-				p := &Process{Conns: conns, cmd: cmd, done: make(chan struct{}), ready: make(chan Ready, 1)}
-				go p.feed(stdin, config)
+				p := &Process{Conns: conns, cmd: cmd, done: make(chan struct{}), ready: make(chan Ready, 1),
+					stdin: stdin, applied: make(chan live.Applied, 1)}
+				go p.feed(config)
 				go p.listen(stdout)
 				return p, nil
 			}
@@ -98,21 +110,78 @@ func environment() []string {
 	return env
 }
 
-func (p *Process) feed(w io.WriteCloser, config []byte) {
-	_, _ = w.Write(append(config, '\n'))
-	w.Close()
+// feed ends before the gate is ready, which has to read all of it.
+func (p *Process) feed(config []byte) {
+	_, _ = p.stdin.Write(append(config, '\n'))
 }
 
 func (p *Process) listen(r io.Reader) {
 	var got Ready
-	line, err := bufio.NewReader(r).ReadBytes('\n')
+	in := bufio.NewReader(r)
+	line, err := in.ReadBytes('\n')
 	if err != nil || json.Unmarshal(line, &got) != nil {
 		got = Ready{Error: &plan.Failure{Code: "gate_failed", Exit: fault.Unavailable, Message: "the gate ended before it was ready"}}
 	}
 	p.ready <- got
-	_, _ = io.Copy(io.Discard, r)
+	for err == nil {
+		if line, err = in.ReadBytes('\n'); err != nil {
+			break
+		}
+		var a live.Applied
+		if json.Unmarshal(line, &a) != nil {
+			continue // it is missed where it is waited for
+		}
+		select {
+		case p.applied <- a:
+		default: // nobody waits any more
+		}
+	}
 	_ = p.cmd.Wait()
 	close(p.done)
+}
+
+// Apply gives a ready gate other rules and returns when they are in force. A
+// refusal by the gate is its fault, with nothing opened; where it does not
+// answer, the error has the code gate_failed, and the gate has to be replaced.
+func (p *Process) Apply(ctx context.Context, u live.Update) (live.Applied, error) {
+	p.applying.Lock()
+	defer p.applying.Unlock()
+	p.seq++
+	u.Seq = p.seq
+	line, err := json.Marshal(u)
+	if err != nil {
+		return live.Applied{}, fault.New(fault.Bug, "bug", "encoding the gate's rules: %w", err)
+	}
+	written := make(chan error, 1)
+	go func() {
+		_, err := p.stdin.Write(append(line, '\n'))
+		written <- err
+	}()
+	for {
+		select {
+		case a := <-p.applied:
+			if a.Seq != u.Seq {
+				continue // of one that was given up
+			}
+			if a.Error != nil {
+				return a, fault.New(a.Error.Exit, a.Error.Code, "gate: %s", a.Error.Message).WithHint("%s", a.Error.Hint)
+			}
+			return a, nil
+		case err := <-written:
+			if err != nil {
+				return live.Applied{}, noAnswer(err)
+			}
+			written = nil
+		case <-p.done:
+			return live.Applied{}, noAnswer(errors.New("it has ended"))
+		case <-ctx.Done():
+			return live.Applied{}, noAnswer(ctx.Err())
+		}
+	}
+}
+
+func noAnswer(err error) error {
+	return fault.New(fault.Unavailable, "gate_failed", "the gate does not take rules: %w", err)
 }
 
 // AwaitReady waits until the gate serves.

@@ -10,12 +10,9 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"syscall"
-	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -136,44 +133,3 @@ func (h *Handle) Abandon() {
 
 // Wait reaps the keeper once it has ended.
 func (h *Handle) Wait() { _ = h.cmd.Wait() }
-
-// The control socket, for the commands that talk to a live keeper.
-
-// Request is one line to the keeper.
-type Request struct {
-	Do string `json:"do"` // stop | status
-}
-
-// Answer is its one line back.
-type Answer struct {
-	Phase    string        `json:"phase"` // ready | stopped
-	Reason   string        `json:"reason,omitempty"`
-	Gate     string        `json:"gate"`  // up | down
-	Proxy    string        `json:"proxy"` // up | down | none
-	Findings []string      `json:"findings,omitempty"`
-	Error    *plan.Failure `json:"error,omitempty"`
-}
-
-func controlSocket(runDir string) string { return filepath.Join(runDir, "keeper.sock") }
-
-// Ask sends one request to the keeper of the bottle with this runtime folder.
-func Ask(runDir string, q Request, limit time.Duration) (*Answer, error) {
-	c, err := net.DialTimeout("unix", controlSocket(runDir), limit)
-	if err != nil {
-		return nil, fault.New(fault.Unavailable, "keeper_gone", "the bottle's keeper does not answer: %w", err).
-			WithHint("bottle-gc shows what is left; bottle-vm down removes it")
-	}
-	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(limit))
-	if err := json.NewEncoder(c).Encode(q); err != nil {
-		return nil, fault.New(fault.IO, "keeper_gone", "asking the keeper: %w", err)
-	}
-	var a Answer
-	if err := json.NewDecoder(io.LimitReader(c, 1<<20)).Decode(&a); err != nil {
-		return nil, fault.New(fault.IO, "keeper_gone", "the keeper's answer: %w", err)
-	}
-	if a.Error != nil {
-		return nil, fault.New(a.Error.Exit, a.Error.Code, "%s", a.Error.Message).WithHint("%s", a.Error.Hint)
-	}
-	return &a, nil
-}

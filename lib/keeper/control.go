@@ -5,8 +5,10 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"time"
 
+	"github.com/bottle-tools/bottle/lib/control"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/plan"
 )
@@ -14,7 +16,7 @@ import (
 // control listens for the commands of the bottle's owner: the socket lies in a
 // folder that is 0700.
 func (k *keeper) control() (net.Listener, error) {
-	l, err := net.Listen("unix", controlSocket(k.rec.RunDir))
+	l, err := net.Listen("unix", control.Socket(k.rec.RunDir))
 	if err != nil {
 		return nil, fault.New(fault.CantCreate, "cannot_create", "the keeper's socket: %w", err)
 	}
@@ -36,13 +38,35 @@ func (k *keeper) control() (net.Listener, error) {
 func (k *keeper) answer(c net.Conn) {
 	defer c.Close()
 	_ = c.SetDeadline(time.Now().Add(time.Minute))
-	var q Request
-	if err := json.NewDecoder(io.LimitReader(c, 64<<10)).Decode(&q); err != nil {
+	var q control.Request
+	if err := json.NewDecoder(io.LimitReader(c, 256<<10)).Decode(&q); err != nil {
 		return
 	}
-	var a Answer
+	// The folder keeps others out; this is for one whose mode was changed.
+	uid, err := peerUID(c)
+	if err != nil || uid != os.Geteuid() {
+		k.logf("control: refused to talk to uid %d (%v)", uid, err)
+		_ = json.NewEncoder(c).Encode(control.Answer{Error: plan.NewFailure("vm", fault.New(fault.NoPerm, "not_yours",
+			"bottle %s belongs to uid %d", k.cfg.ID, os.Geteuid()))})
+		return
+	}
+	var a control.Answer
 	switch q.Do {
 	case "status":
+	case "change":
+		var change control.Change
+		if q.Change != nil {
+			change = *q.Change
+		}
+		if a.Changed, a.Cut, err = k.live.change(change, uid); err != nil {
+			a.Error = plan.NewFailure("egress", err)
+		}
+	case "report":
+		r, err := k.live.report()
+		if err != nil {
+			a.Error = plan.NewFailure("vm", err)
+		}
+		a.Report = &control.Report{GateRules: r.RulesSHA256, GateLive: r.LiveSHA256, ProxyConfig: k.proxy.ref().RunConfigSHA256}
 	case "stop":
 		if err := k.halt("stopped by command"); err != nil {
 			a.Error = plan.NewFailure("vm", fault.New(fault.IO, "stop_failed", "stopping: %w", err))
@@ -58,5 +82,6 @@ func (k *keeper) answer(c net.Conn) {
 		a.Gate = "up"
 	}
 	a.Findings = k.guard.report()
+	a.Live = k.live.list()
 	_ = json.NewEncoder(c).Encode(a)
 }

@@ -176,8 +176,12 @@ func (g *gateKeeper) relaunch() *gateproc.Process {
 		_ = p.Stop(0)
 		return nil
 	}
+	if err := g.k.live.adopt(ctx, p); err != nil {
+		g.k.logf("restarting the gate: %v", err)
+		_ = p.Stop(0)
+		return nil
+	}
 	g.k.logf("the gate is up again, process %d", p.PID())
-	g.set(p)
 	return p
 }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/fdpass"
 	"github.com/bottle-tools/bottle/lib/guest"
+	"github.com/bottle-tools/bottle/lib/live"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/state"
 	"github.com/bottle-tools/bottle/lib/trust"
@@ -49,6 +50,7 @@ type keeper struct {
 
 	caPEM, caCert []byte
 	gate          *gateKeeper
+	live          *liveRules
 	proxy         *proxyKeeper
 	guard         *guard
 	monitor       *monitor
@@ -133,6 +135,7 @@ func open(stdin io.Reader, log *os.File) (*keeper, error) {
 	if err := json.Unmarshal(line, &k.cfg); err != nil {
 		return nil, fault.New(fault.Data, "no_config", "config: %w", err)
 	}
+	k.live = &liveRules{k: k, clock: live.Now}
 	k.root = &state.Root{Dir: k.cfg.StateDir, RunDir: k.cfg.RunRoot}
 	k.bottle = k.root.Bottle(k.cfg.ID)
 	// The lock is held by the descriptor until this process ends.

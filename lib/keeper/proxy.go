@@ -63,7 +63,14 @@ func startProxy(ctx context.Context, k *keeper) (*proxyKeeper, error) {
 }
 
 func (p *proxyKeeper) launch(ctx context.Context) (*pipelock.Proc, error) {
-	proc, err := p.prog.Start(ctx, p.opts)
+	p.mu.Lock()
+	opts := p.opts
+	if p.proc != nil {
+		// The gate need not be replaced if it comes back where it was.
+		opts.Listen = p.proc.Addr()
+	}
+	p.mu.Unlock()
+	proc, err := p.prog.Start(ctx, opts)
 	if err != nil {
 		return nil, err
 	}

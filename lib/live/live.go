@@ -117,6 +117,12 @@ type Change struct {
 	By   int    `json:"by"`   // who changed it; of an expiry, who set the end
 }
 
+// Opens tells if the change can allow what was denied before.
+func (c *Change) Opens() bool {
+	added := c.What == Added || c.What == Replaced
+	return added == (c.Rule.Verdict == "allow")
+}
+
 // Update is one line from the keeper to its gate: all rules that hold from now
 // on, and what is new about them.
 type Update struct {
@@ -141,4 +147,27 @@ type Applied struct {
 	RulesSHA256 string        `json:"rules_sha256,omitempty"`
 	LiveSHA256  string        `json:"live_sha256,omitempty"`
 	Error       *plan.Failure `json:"error,omitempty"`
+}
+
+// Shown is a rule that was added to a running bottle, as commands print it.
+type Shown struct {
+	Verdict   string   `json:"verdict"`
+	Host      string   `json:"host,omitempty"`
+	CIDR      string   `json:"cidr,omitempty"`
+	Ports     []int    `json:"ports"` // none: all
+	Protocol  string   `json:"protocol"`
+	Addresses []string `json:"addresses,omitempty"`
+	Why       string   `json:"why,omitempty"`
+	By        int      `json:"by"`              // uid
+	Since     string   `json:"since"`           // RFC 3339, UTC
+	Until     string   `json:"until,omitempty"` // absent: until the bottle ends
+}
+
+// Show gives rules as commands print them.
+func Show(rules []Rule) []Shown {
+	out := make([]Shown, len(rules))
+	for i, r := range rules {
+		out[i] = Shown{r.Verdict, r.Host, r.CIDR, r.Ports, r.Protocol, r.Addresses, r.Why, r.By, r.Since, r.Until}
+	}
+	return out
 }

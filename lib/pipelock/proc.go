@@ -44,6 +44,8 @@ type Options struct {
 	Dir        string
 	Policy     []byte // as YAML gives it
 	InstanceID string // vm.id
+	// Listen is where it is to listen if that port is free; zero: at any port.
+	Listen netip.AddrPort
 	// Own are addresses of the host, which pipelock must not dial; nil means
 	// those that the host has now.
 	Own []netip.Addr
@@ -100,6 +102,7 @@ func (p *Program) Start(ctx context.Context, o Options) (*Proc, error) {
 		if ctx.Err() != nil || !strings.Contains(err.Error(), inUse) {
 			break
 		}
+		o.Listen = netip.AddrPort{}
 	}
 	return nil, last
 }
@@ -108,6 +111,9 @@ func (p *Program) start(ctx context.Context, o Options) (*Proc, error) {
 	listen, metrics, err := freePorts()
 	if err != nil {
 		return nil, fault.New(fault.Unavailable, "proxy_unhealthy", "a port for pipelock: %w", err)
+	}
+	if o.Listen.IsValid() && o.Listen.Port() != metrics.Port() {
+		listen = o.Listen
 	}
 	proc := &Proc{
 		opts: o,

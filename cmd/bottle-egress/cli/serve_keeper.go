@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"os"
 	"os/user"
@@ -16,6 +17,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/fdpass"
 	"github.com/bottle-tools/bottle/lib/gate"
 	"github.com/bottle-tools/bottle/lib/gateproc"
+	"github.com/bottle-tools/bottle/lib/live"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/tool"
 	"github.com/bottle-tools/bottle/lib/trust"
@@ -24,7 +26,9 @@ import (
 // serveKeeper is the gate of a bottle: lib/gateproc has the contract. stdout
 // tells one thing, how the start went.
 func serveKeeper(ctx context.Context, p *tool.Proc) error {
-	g, l, log, err := keeperGate(p)
+	in := &io.LimitedReader{R: p.Stdin, N: 2 * plan.MaxBytes}
+	lines := bufio.NewReader(in)
+	g, l, log, err := keeperGate(p, lines)
 	if err != nil {
 		return errors.Join(err, answer(p, gateproc.Ready{Error: plan.NewFailure("gate", err)}))
 	}
@@ -33,10 +37,38 @@ func serveKeeper(ctx context.Context, p *tool.Proc) error {
 		l.Close()
 		return err
 	}
+	in.N = math.MaxInt64
+	go changes(p, g, lines)
 	return g.Serve(ctx, l)
 }
 
-func answer(p *tool.Proc, r gateproc.Ready) error {
+// changes puts the keeper's rules in force, one line after the other. What the
+// keeper cannot have meant ends the gate: the next one begins anew.
+func changes(p *tool.Proc, g *gate.Gate, lines *bufio.Reader) {
+	<-g.Started()
+	for {
+		line, err := lines.ReadBytes('\n')
+		if err != nil {
+			return // the keeper is gone, and the connections end as well
+		}
+		var u live.Update
+		if json.Unmarshal(line, &u) != nil {
+			g.Close()
+			return
+		}
+		a, err := g.Apply(u)
+		a.Seq = u.Seq
+		if err != nil {
+			a.Error = plan.NewFailure("gate", err)
+		}
+		if answer(p, a) != nil {
+			g.Close()
+			return
+		}
+	}
+}
+
+func answer(p *tool.Proc, r any) error {
 	line, err := json.Marshal(r)
 	if err == nil {
 		_, err = p.Stdout.Write(append(line, '\n'))
@@ -47,8 +79,8 @@ func answer(p *tool.Proc, r gateproc.Ready) error {
 	return nil
 }
 
-func keeperGate(p *tool.Proc) (*gate.Gate, net.Listener, *audit.Log, error) {
-	c, err := keeperConfig(p)
+func keeperGate(p *tool.Proc, in *bufio.Reader) (*gate.Gate, net.Listener, *audit.Log, error) {
+	c, err := keeperConfig(p, in)
 	if err != nil {
 		return nil, nil, nil, err
 	}
@@ -79,7 +111,7 @@ func keeperGate(p *tool.Proc) (*gate.Gate, net.Listener, *audit.Log, error) {
 	return g, untilEOF{fdpass.NewListener(conns)}, cfg.Audit, nil
 }
 
-func keeperConfig(p *tool.Proc) (*gateproc.Config, error) {
+func keeperConfig(p *tool.Proc, in *bufio.Reader) (*gateproc.Config, error) {
 	bad := func(format string, args ...any) (*gateproc.Config, error) {
 		return nil, fault.New(fault.Data, "bad_config", "the keeper's configuration "+format, args...).
 			WithHint("--keeper is for bottle-vm; by hand, pipe a document into bottle-egress serve --listen …")
@@ -87,7 +119,7 @@ func keeperConfig(p *tool.Proc) (*gateproc.Config, error) {
 	if tool.IsTerminal(p.Stdin) {
 		return bad("cannot be typed")
 	}
-	line, err := bufio.NewReader(io.LimitReader(p.Stdin, 2*plan.MaxBytes)).ReadBytes('\n')
+	line, err := in.ReadBytes('\n')
 	if err != nil {
 		return bad("ends early: %w", err)
 	}

@@ -13,8 +13,8 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/audit"
+	"github.com/bottle-tools/bottle/lib/control"
 	"github.com/bottle-tools/bottle/lib/fault"
-	"github.com/bottle-tools/bottle/lib/keeper"
 	"github.com/bottle-tools/bottle/lib/policy"
 	"github.com/bottle-tools/bottle/lib/state"
 	"github.com/bottle-tools/bottle/lib/tool"
@@ -281,7 +281,7 @@ Without an ID, stdin is the bottle's document.
 			if err != nil {
 				return err
 			}
-			_, err = keeper.Ask(rec.RunDir, keeper.Request{Do: "stop"}, time.Minute)
+			_, err = control.Ask(rec.RunDir, control.Request{Do: "stop"}, time.Minute)
 			return err
 		},
 	}

@@ -9,8 +9,9 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/audit"
+	"github.com/bottle-tools/bottle/lib/control"
 	"github.com/bottle-tools/bottle/lib/fault"
-	"github.com/bottle-tools/bottle/lib/keeper"
+	"github.com/bottle-tools/bottle/lib/live"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/state"
 	"github.com/bottle-tools/bottle/lib/tool"
@@ -37,7 +38,7 @@ func list(b *state.Bottle) listed {
 	l.Phase, l.Runtime, l.Workspace = phase(rec), rec.Engine, rec.Workspace
 	if l.Phase == state.Ready {
 		// A guest can have ended since the record was written; its keeper knows.
-		if a, err := keeper.Ask(rec.RunDir, keeper.Request{Do: "status"}, time.Second); err == nil {
+		if a, err := control.Ask(rec.RunDir, control.Request{Do: "status"}, time.Second); err == nil {
 			l.Phase = a.Phase
 		}
 	}
@@ -113,8 +114,10 @@ type shown struct {
 	Gate     string   `json:"gate"`  // up | down
 	Proxy    string   `json:"proxy"` // up | down | none
 	Findings []string `json:"findings,omitempty"`
-	AuditLog string   `json:"audit_log"`
-	StateDir string   `json:"state_dir"`
+	// Live are rules on top of the plan's (bottle-egress allow, deny).
+	Live     []live.Shown `json:"live,omitempty"`
+	AuditLog string       `json:"audit_log"`
+	StateDir string       `json:"state_dir"`
 }
 
 func (v *vm) statusCommand() *tool.Command {
@@ -126,7 +129,8 @@ func (v *vm) statusCommand() *tool.Command {
 		ShortHelp:  "one bottle: its phase, gate and proxy, and what was set aside",
 		LongHelp: `
 One JSON object: what ls prints of it, and gate and proxy (up, down), reason
-(why it stopped), findings, audit_log and state_dir. Without an ID, stdin is the
+(why it stopped), findings, live (rules that bottle-egress allow and deny
+added), audit_log and state_dir. Without an ID, stdin is the
 bottle's document.
 
   bottle-vm status claude | jq -r .phase`,
@@ -142,11 +146,12 @@ bottle's document.
 			}
 			s := shown{listed: list(b), Gate: "down", Proxy: "none", AuditLog: b.Root.Audit(b.ID), StateDir: b.Dir}
 			if rec.Live() && (rec.Phase == state.Ready || rec.Phase == state.Stopped) {
-				a, err := keeper.Ask(rec.RunDir, keeper.Request{Do: "status"}, 5*time.Second)
+				a, err := control.Ask(rec.RunDir, control.Request{Do: "status"}, 5*time.Second)
 				if err != nil {
 					return err
 				}
 				s.Phase, s.Reason, s.Gate, s.Proxy, s.Findings = a.Phase, a.Reason, a.Gate, a.Proxy, a.Findings
+				s.Live = live.Show(a.Live)
 			}
 			if err := writeJSON(out, s); err != nil {
 				return err
