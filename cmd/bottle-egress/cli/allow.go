@@ -56,7 +56,7 @@ status 1. A host that is opened so is never inspected and gets no secret: TLS to
 it is end to end. Prints one line of JSON; rules lists what was added, and revert
 takes it back. The plan document does not change.
 
-  bottle-egress allow --bottle claude --for 1h registry.npmjs.org
+  bottle-egress allow --bottle claude --for 1h docs.example.org
   bottle-egress allow --bottle claude --protocol ssh git.example.net
   bottle-egress allow --bottle claude --protocol http --addresses 127.0.0.1 ollama.local:11434`,
 		FlagSet: fs,

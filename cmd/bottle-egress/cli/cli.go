@@ -32,7 +32,7 @@ is looked up, run or written.
   bottle-plan claude | bottle-egress yaml > pipelock.yaml
   bottle-plan claude | bottle-egress serve --listen tcp:127.0.0.1:3128
   bottle-plan claude | bottle-egress explain api.example.com
-  bottle-egress allow --bottle claude --for 1h registry.npmjs.org`,
+  bottle-egress allow --bottle claude --for 1h docs.example.org`,
 		FlagSet: fs,
 		Subcommands: []*tool.Command{yamlCommand(p), serveCommand(p), explainCommand(p),
 			allowCommand(p), denyCommand(p), rulesCommand(p), revertCommand(p)},

@@ -25,7 +25,7 @@ holds again: what only they allowed is cut at once, and what only they denied is
 open again. HOST is as rules prints it; without a PORT it is about every rule of
 that host. Status 1 if there is none. Prints one line of JSON.
 
-  bottle-egress revert --bottle claude registry.npmjs.org
+  bottle-egress revert --bottle claude docs.example.org
   bottle-egress revert --bottle claude --all`,
 		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
