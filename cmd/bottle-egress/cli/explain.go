@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/url"
 	"strconv"
 	"strings"
 
@@ -16,10 +17,11 @@ import (
 
 func explainCommand(p *tool.Proc) *tool.Command {
 	fs := p.Flags("bottle-egress explain")
+	method := fs.String("method", "GET", "the `METHOD` of the request, where a path is given and the gate reads it")
 	pretty := fs.Bool("pretty", false, "write sentences, for people, instead of JSON")
 	return &tool.Command{
 		Name:       "explain",
-		ShortUsage: "bottle-plan … | bottle-egress explain [--pretty] HOST[:PORT][/PATH]",
+		ShortUsage: "bottle-plan … | bottle-egress explain [--pretty] [--method METHOD] HOST[:PORT][/PATH]",
 		ShortHelp:  "tell what the gate would answer, which rule decides, and where it comes from",
 		LongHelp: `
 Reads documents and says for each, in one line of JSON, what its gate would
@@ -28,6 +30,7 @@ with the line of the manifest or the preset that it comes from, what pipelock
 would say, whether the gate reads the traffic, which secrets it puts in, and
 what nobody can see there. Nothing is resolved or connected to; at_the_gate
 lists what only the gate finds out. An IPv6 address with a port is in brackets.
+A PATH is decided about where the gate reads requests; elsewhere nobody sees it.
 
 Exits with 0 if every document allows it, and with 1 if one denies it.
 
@@ -43,6 +46,9 @@ Exits with 0 if every document allows it, and with 1 if one denies it.
 					WithHint("bottle-plan AGENT | bottle-egress explain api.example.com:443")
 			}
 			t, err := parseTarget(args[0])
+			if err == nil {
+				err = t.setMethod(*method)
+			}
 			if err != nil {
 				return err
 			}
@@ -75,7 +81,9 @@ Exits with 0 if every document allows it, and with 1 if one denies it.
 type target struct {
 	host string // as programs ask for it
 	port int
-	path string // "" if none was given
+	// path is as it leaves the gate, "" if none was given.
+	path   string
+	method string
 }
 
 // defaultPort is where programs go that are given a name alone.
@@ -88,11 +96,13 @@ func parseTarget(arg string) (target, error) {
 	}
 	t := target{port: defaultPort}
 	authority, path, hasPath := strings.Cut(arg, "/")
-	if hasPath {
-		t.path = "/" + path
-	}
 	var port string
 	var err error
+	if hasPath {
+		if t.path, err = sentPath("/" + path); err != nil {
+			return t, err
+		}
+	}
 	if t.host, port, err = cutPort(authority); err != nil {
 		return t, err
 	}
@@ -114,6 +124,23 @@ func parseTarget(arg string) (target, error) {
 		return t, &fault.Error{Exit: fault.Usage, Code: f.Code, Msg: f.Msg, Hint: f.Hint}
 	}
 	return t, nil
+}
+
+// sentPath is a path as net/http sends it, which is what the gate decides about.
+func sentPath(s string) (string, error) {
+	u, err := url.ParseRequestURI(s)
+	if err != nil {
+		return "", fault.New(fault.Usage, "usage", "%q is no path of a request", s).WithHint("write it as programs send it, with %%20 for a space")
+	}
+	return u.EscapedPath(), nil
+}
+
+func (t *target) setMethod(method string) error {
+	if _, err := policy.NormalizeRequest(method + " /"); err != nil || method == "*" {
+		return fault.New(fault.Usage, "usage", "%q is no method that the gate lets through", method).WithHint("write one such as GET or POST, in upper case")
+	}
+	t.method = method
+	return nil
 }
 
 // withPort writes a URL the way explain takes it.
@@ -166,6 +193,7 @@ type explanation struct {
 	Bottle  string `json:"bottle"`
 	Host    string `json:"host"`
 	Port    int    `json:"port"`
+	Method  string `json:"method,omitempty"` // with a path
 	Path    string `json:"path,omitempty"`
 	Verdict string `json:"verdict"` // allow | deny
 	Code    string `json:"code"`    // as in the gate's answer and its audit log
@@ -176,7 +204,8 @@ type explanation struct {
 	From      string                  `json:"from,omitempty"` // its provenance
 	Class     string                  `json:"class,omitempty"`
 	Inspected bool                    `json:"inspected"`
-	PathSeen  bool                    `json:"path_seen"` // whether the gate reads paths there
+	PathSeen  bool                    `json:"path_seen"`         // whether the gate reads paths there
+	Request   string                  `json:"request,omitempty"` // entry of the rule's requests that allows the path
 	Secrets   []policy.NamedInjection `json:"secrets"`
 	Pipelock  pipelockView            `json:"pipelock"`
 	Residual  []string                `json:"residual"`    // what nobody can see there
@@ -222,8 +251,35 @@ func explain(b *plan.Bottle, t target) (*explanation, error) {
 		a.Verdict = "allow"
 		a.describe(d.Rule, b.Secrets)
 	}
-	a.Pipelock, err = compare(b, e, d, host)
-	return a, err
+	if a.Pipelock, err = compare(b, e, d, host); err != nil {
+		return nil, err
+	}
+	if t.path != "" {
+		a.Method = t.method
+		a.decideRequest(t)
+	}
+	return a, nil
+}
+
+// decideRequest goes on where the gate does: a request to a host that is allowed,
+// in traffic that it reads.
+func (a *explanation) decideRequest(t target) {
+	if a.Verdict != "allow" || !a.PathSeen {
+		return
+	}
+	d := policy.DecideRequest(&a.Rule.Rule, t.method, t.path)
+	if d.Allow {
+		if d.Index >= 0 {
+			a.Request = a.Rule.Requests[d.Index]
+		}
+		return
+	}
+	a.Verdict, a.Code, a.Reason, a.Hint = "deny", d.Code, d.Reason, d.Hint
+	a.From = a.Rule.RequestsFrom
+	a.Residual, a.AtTheGate, a.Secrets = []string{}, []string{}, []policy.NamedInjection{}
+	if a.Pipelock.Verdict == "allow" {
+		a.Pipelock.Agrees, a.Pipelock.Why = false, "the gate is narrower: pipelock's lists are about hosts, and have no requests"
+	}
 }
 
 // describe says how traffic is treated that rule allows.
@@ -250,6 +306,9 @@ func (a *explanation) describe(r *plan.Rule, secrets []plan.Secret) {
 		later("the Host header of each request has to name " + a.Host)
 	case r.Protocol == "ssh":
 		later("both sides have to begin with an SSH banner")
+	}
+	if len(r.Requests) > 0 && a.Path == "" {
+		later("each request has to be one of the rule's: " + strings.Join(r.Requests, ", "))
 	}
 	if a.Inspected {
 		later("the Host header of each request has to name " + a.Host + ", and the host's certificate has to be trusted")
@@ -329,6 +388,9 @@ func (a *explanation) people(p *tool.Proc) error {
 	}
 	if a.Verdict == "allow" {
 		row("read", "%s", map[bool]string{true: "the gate reads what is sent", false: "the gate does not read what is sent"}[a.PathSeen])
+	}
+	if a.Request != "" {
+		row("request", "allowed by %q (%s)", a.Request, a.Rule.RequestsFrom)
 	}
 	for _, s := range a.Secrets {
 		row("secret", "%s goes into header %s", s.Name, s.Header)

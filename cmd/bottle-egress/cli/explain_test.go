@@ -301,6 +301,82 @@ func TestExplainAgreesAtRandom(t *testing.T) {
 	}
 }
 
+// TestExplainAgreesOnRequests: the same for the path of a request, where the
+// gate reads it.
+func TestExplainAgreesOnRequests(t *testing.T) {
+	b := bottle(rules(t, "http api.example.com@80", "http all.example.com@80")...)
+	b.Egress.Rules[0].Requests = []string{"GET /repos/*", "POST /repos/{name}/issues", "DELETE /odd%20name"}
+	b.Egress.Rules[0].RequestsFrom = "test requests"
+	socket := serveGate(t, b)
+	codes := map[string]int{}
+	for _, host := range []string{"api.example.com", "all.example.com"} {
+		for _, method := range []string{"GET", "HEAD", "POST", "DELETE", "PROPFIND"} {
+			for _, path := range []string{"/", "/repos/", "/repos/a/b", "/repos/a/issues", "/repos/a/b/issues", "/repos/%2e%2e/x", "/repos/../x", "/Repos/a", "/odd%20name", "/repos//x", "/repos/a?x=y"} {
+				arg := host + ":80" + path
+				got, err := parseTarget(arg)
+				if err == nil {
+					err = got.setMethod(method)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				said, err := explain(b, got)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if code := request(t, socket, method, "http://"+arg); code != said.Code || (code == policy.Allowed) != (said.Verdict == "allow") {
+					t.Errorf("%s %s: the gate says %s, explain %s %s", method, arg, code, said.Verdict, said.Code)
+				}
+				codes[said.Code]++
+			}
+		}
+	}
+	for _, code := range []string{"allowed", "request_not_allowed", "ambiguous_path"} {
+		if codes[code] < 5 {
+			t.Errorf("%d requests are answered by %s", codes[code], code)
+		}
+	}
+}
+
+// request sends one absolute-form request and gives the code of the answer.
+func request(t testing.TB, socket, method, address string) string {
+	t.Helper()
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	host, _, _ := strings.Cut(strings.TrimPrefix(address, "http://"), "/")
+	if _, err := fmt.Fprintf(c, "%s %s HTTP/1.1\r\nHost: %s\r\nContent-Length: 0\r\n\r\n", method, address, host); err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(c), &http.Request{Method: http.MethodGet})
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, address, err)
+	}
+	if resp.StatusCode == http.StatusNoContent {
+		return policy.Allowed
+	}
+	body := make([]byte, resp.ContentLength)
+	if method == http.MethodHead { // the answer to HEAD has no body to tell it in
+		if resp.StatusCode == http.StatusForbidden {
+			return headCode(t, socket, address)
+		}
+		t.Fatalf("%s: %d", address, resp.StatusCode)
+	}
+	if _, err := io.ReadFull(resp.Body, body); err != nil {
+		t.Fatalf("%s %s: %v", method, address, err)
+	}
+	return gjson.GetBytes(body, "error.code").String()
+}
+
+// headCode: GET stands for HEAD, so that it gets the same answer.
+func headCode(t testing.TB, socket, address string) string {
+	t.Helper()
+	return request(t, socket, http.MethodGet, address)
+}
+
 // FuzzExplain: whatever is typed, explain refuses it or agrees with the gate.
 func FuzzExplain(f *testing.F) {
 	for _, s := range []string{"a.example.com", "a.example.com:443", "[::1]:443", "::1", "0x7f.1", "Bücher.example:8443", "a..b", "a:b:c", "[::1", "x/y/z", "*.a", "%", "10.0.0.1/8"} {
