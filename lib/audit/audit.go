@@ -55,7 +55,7 @@ type Event struct {
 	// Protocol is the rule's: tls | http | ssh | tcp.
 	Protocol string `json:"protocol,omitempty"`
 	Method   string `json:"method,omitempty"` // HTTP requests only
-	Path     string `json:"path,omitempty"`   // without its query, which may hold anything
+	Path     string `json:"path,omitempty"`   // as it was sent, without its query, which may hold anything
 	SNI      string `json:"sni,omitempty"`    // as the client sent it
 	Rule     *int   `json:"rule,omitempty"`   // index into bottle.egress.rules
 	From     string `json:"from,omitempty"`   // the rule's provenance

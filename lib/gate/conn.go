@@ -33,6 +33,7 @@ func (c *guestConn) CloseWrite() error { return closeWrite(c.Conn) }
 type httpConn struct {
 	net.Conn
 	gate   *Gate
+	since  time.Time
 	tunnel *tunnel // nil on the guest's own connection
 	frame  framing
 	held   []byte // of a head that is not complete
@@ -47,7 +48,7 @@ type httpConn struct {
 }
 
 func (g *Gate) newHTTPConn(c net.Conn, t *tunnel) *httpConn {
-	h := &httpConn{Conn: c, gate: g, tunnel: t}
+	h := &httpConn{Conn: c, gate: g, since: time.Now(), tunnel: t}
 	h.between.Store(true)
 	return h
 }
@@ -73,6 +74,7 @@ func (c *httpConn) Read(p []byte) (int, error) {
 		}
 		n, err := c.Conn.Read(p)
 		if n == 0 {
+			c.unused(err)
 			return 0, err
 		}
 		c.begin()

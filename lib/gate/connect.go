@@ -23,7 +23,8 @@ type tunnel struct {
 	port   int
 	scheme string // of the requests inside: https or http
 	policy.Decision
-	flow *flow // of the whole tunnel; nil for what is one request
+	flow   *flow       // of the whole tunnel; nil for what is one request
+	opened audit.Event // the line about a tunnel that is terminated
 }
 
 // authority is host[:port] as a Host header has it.
@@ -311,18 +312,22 @@ func (g *Gate) terminate(w http.ResponseWriter, t *tunnel, e audit.Event) {
 		return
 	}
 	from.ahead = append(raw, from.ahead...)
-	c := tls.Server(from, g.tls)
+	t.opened = e
+	began := time.Now()
+	watch := &watched{replayed: from}
+	c := tls.Server(watch, g.tls)
 	ctx, cancel := context.WithTimeout(context.Background(), g.limits.handshake)
 	defer cancel()
 	if err := c.HandshakeContext(ctx); err != nil {
-		e.Reason = "TLS handshake with the guest: " + err.Error()
-		e.Code = "guest_handshake_failed"
+		f := g.handshakeRefusal(err, watch.alert, t)
+		e.Code, e.Reason = f.Code, f.Reason
 		revoked(&e, t.flow)
-		g.end(e, time.Now())
+		g.end(e, began)
 		t.flow.end()
 		guest.Close()
 		return
 	}
+	watch.over = true
 	g.inner.put(g.newHTTPConn(c, t))
 }
 

@@ -129,7 +129,7 @@ type exchangeKey struct{}
 func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 	began := time.Now()
 	e := g.newEvent(audit.KindRequest, "", 0)
-	e.Method, e.Path = r.Method, r.URL.Path
+	e.Method, e.Path = r.Method, r.URL.EscapedPath()
 	var f *Refusal
 	if t == nil {
 		t, f = g.target(r)

@@ -85,6 +85,7 @@ type Resolver interface {
 type limits struct {
 	head      time.Duration // a request's head, from its first byte
 	keepAlive time.Duration // between two requests
+	rejects   time.Duration // how soon after a handshake a hang-up is about the certificate
 	handshake time.Duration // a ClientHello, an SSH banner, a TLS handshake
 	stall     time.Duration // a body that does not move
 	answer    time.Duration // an origin that thinks about its answer
@@ -95,7 +96,7 @@ type limits struct {
 }
 
 var defaultLimits = limits{
-	head: 15 * time.Second, keepAlive: 5 * time.Minute, handshake: 10 * time.Second, stall: 2 * time.Minute,
+	head: 15 * time.Second, keepAlive: 5 * time.Minute, rejects: 2 * time.Second, handshake: 10 * time.Second, stall: 2 * time.Minute,
 	answer: 15 * time.Minute, tunnel: time.Hour, halfOpen: 10 * time.Minute,
 	resolve: 10 * time.Second, dial: 15 * time.Second,
 }

@@ -10,11 +10,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/control"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/policy"
 	"github.com/bottle-tools/bottle/lib/state"
 	"github.com/bottle-tools/bottle/lib/tool"
@@ -166,19 +168,32 @@ func (v *vm) reportDenied(id string) {
 // hints tells what would open a host, as the gate told the guest: the audit log
 // has the decision only.
 func hints(b *state.Bottle) func(denial) string {
-	none := func(denial) string { return "" }
 	p, err := planOf(b)
 	if err != nil {
-		return none
+		return func(denial) string { return "" }
 	}
+	return hintsOf(p)
+}
+
+func hintsOf(p *plan.Bottle) func(denial) string {
 	m, err := policy.Compile(p.Egress.Rules)
 	if err != nil {
-		return none
+		return func(denial) string { return "" }
 	}
 	return func(d denial) string {
+		if d.code == "guest_rejects_ca" || d.code == "guest_needs_http2" {
+			return policy.HowToUninspect(p, d.host)
+		}
 		now := m.DecideAs(d.host, d.port, d.protocol)
 		if d.port == 0 { // a name that was looked up, for any port
 			_, now = m.Services(d.host)
+		}
+		if now.Allow && d.request != "" {
+			method, path, _ := strings.Cut(d.request, " ")
+			if asked := policy.DecideRequest(now.Rule, method, path); asked.Code == d.code {
+				return asked.Hint
+			}
+			return ""
 		}
 		if now.Code == d.code {
 			return now.Hint
@@ -208,12 +223,18 @@ type denial struct {
 	port               int
 	target             string // host and port, safe to print
 	protocol           string // http where the client spoke it
+	request            string // method and path, where they were what was denied
 	code, reason, hint string
+	byClient           bool // the client would not go on; the gate had allowed it
 	n                  int
 }
 
 func (d denial) String() string {
-	s := "bottle: denied " + d.target
+	s := "bottle: denied "
+	if d.byClient {
+		s = "bottle: not reached: "
+	}
+	s += d.target
 	if d.n > 1 {
 		s += fmt.Sprintf(", %d times", d.n)
 	}
@@ -224,24 +245,42 @@ func (d denial) String() string {
 	return s
 }
 
-// denied sums the refusals of an audit log up by host and port.
+// maxRequests bounds the lines about requests to one host.
+const maxRequests = 10
+
+// denied sums the refusals of an audit log up by host and port, those of single
+// requests by method and path too.
 func denied(path string) []denial {
 	sums := map[string]*denial{}
+	requests := map[string]int{}
 	for l, err := range audit.Read(path) {
 		if err != nil {
 			break
 		}
 		e := &l.Event
-		if e.Verdict != audit.Deny {
+		byClient := e.Code == "guest_rejects_ca" || e.Code == "guest_needs_http2"
+		if e.Verdict != audit.Deny && !byClient {
 			continue
 		}
 		target := e.Host
 		if e.Port != 0 {
 			target += ":" + strconv.Itoa(e.Port)
 		}
-		key := target + " " + e.Code
+		request := ""
+		if e.Code == policy.RequestNotAllowed || e.Code == policy.AmbiguousPath {
+			request = e.Method + " " + e.Path
+		}
+		key := target + " " + e.Code + " " + request
 		if sums[key] == nil {
-			d := denial{host: e.Host, port: e.Port, target: printable(target), code: e.Code, reason: printable(e.Reason)}
+			of := target + " " + e.Code
+			if request != "" {
+				requests[of]++
+			}
+			if requests[of] > maxRequests {
+				more(sums, of, printable(target), e)
+				continue
+			}
+			d := denial{host: e.Host, port: e.Port, target: printable(target), request: request, code: e.Code, reason: printable(e.Reason), byClient: byClient}
 			if e.Method != "" && e.Method != "CONNECT" {
 				d.protocol = "http"
 			}
@@ -253,8 +292,20 @@ func denied(path string) []denial {
 	for _, d := range sums {
 		all = append(all, *d)
 	}
-	slices.SortFunc(all, func(a, b denial) int { return cmp.Or(cmp.Compare(a.target, b.target), cmp.Compare(a.code, b.code)) })
+	slices.SortFunc(all, func(a, b denial) int {
+		return cmp.Or(cmp.Compare(a.target, b.target), cmp.Compare(a.code, b.code), cmp.Compare(a.request, b.request))
+	})
 	return all
+}
+
+// more counts requests that get no line of their own.
+func more(sums map[string]*denial, of, target string, e *audit.Event) {
+	const last = "\xff" // sorts behind every method
+	if sums[of+last] == nil {
+		sums[of+last] = &denial{host: e.Host, port: e.Port, target: target, request: last, code: e.Code,
+			reason: "other requests, which bottle-vm logs --audit lists"}
+	}
+	sums[of+last].n++
 }
 
 // printable keeps a name that a guest chose from driving a terminal.
