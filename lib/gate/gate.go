@@ -9,7 +9,7 @@
 //	      host asked for; end to end from there on, unless the host is
 //	      inspected: then the gate terminates TLS with the bottle's own CA
 //	http  plain requests whose Host is the host asked for
-//	ssh   the tunnel begins with an SSH banner in both directions
+//	ssh   the tunnel begins as SSH does, in both directions
 //	tcp   anything
 //
 // A name is matched before it is resolved, resolved once, every address of the

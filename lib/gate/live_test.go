@@ -77,6 +77,9 @@ func TestLiveAllow(t *testing.T) {
 	}
 	tlsRule, raw := added(pin(allowHost("new.test", "tls", o.port), "127.0.0.1")), added(tcpRule("raw.test", port))
 	g.apply(live.Added, tlsRule, raw)
+	if l, f := g.lookup("new.test"); f != nil || len(l.Services) != 1 {
+		t.Errorf("the guest's resolver: %v, %+v", l, f)
+	}
 	if resp, b := g.get("https://" + hostPort("new.test", o.port) + "/"); resp.StatusCode != 200 {
 		t.Fatalf("%s %s", resp.Status, b)
 	}

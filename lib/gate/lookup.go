@@ -65,7 +65,7 @@ func isLookup(r *http.Request) bool {
 // resolved and nothing leaves: it is the policy that answers.
 func (g *Gate) lookupName(w http.ResponseWriter, r *http.Request) {
 	name := canonical(r.URL.Query().Get("name"))
-	open, d := g.matcher.Services(name)
+	open, d := g.rules().Services(name)
 	if !d.Allow {
 		f := denied(d, name, 0)
 		g.denyLookup(f)

@@ -1,7 +1,6 @@
 package gate
 
 import (
-	"bytes"
 	"errors"
 	"io"
 	"net"
@@ -58,39 +57,6 @@ func openTLS(first []byte, t *tunnel) opening {
 			n, err := dst.Write(raw)
 			return passed + int64(n), err
 		},
-	}
-}
-
-// maxBanner bounds what an SSH server may say before its version line, RFC 4253
-// section 4.2.
-const maxBanner = 8 << 10
-
-// openSSH lets a tunnel begin only with SSH's version lines.
-func openSSH() opening {
-	return opening{
-		out: func(dst io.Writer, src io.Reader) (int64, error) { return passBanner(dst, src, 0, "the client") },
-		in:  func(dst io.Writer, src io.Reader) (int64, error) { return passBanner(dst, src, maxBanner, "the host") },
-	}
-}
-
-// passBanner passes bytes on once one of their lines begins with SSH-, of which
-// the first may be preceded by at most before bytes.
-func passBanner(dst io.Writer, src io.Reader, before int, who string) (int64, error) {
-	var got []byte
-	buf := make([]byte, 512)
-	for {
-		n, err := src.Read(buf)
-		got = append(got, buf[:n]...)
-		switch at := bytes.Index(got, []byte("SSH-")); {
-		case at == 0, at > 0 && at <= before && got[at-1] == '\n':
-			n, err := dst.Write(got)
-			return int64(n), err
-		case len(got) >= before+len("SSH-"):
-			return 0, refused("not_ssh", "", 0, who+" did not begin with an SSH version line",
-				`if this is another protocol, say so in the manifest: "protocol": "tcp"`)
-		case err != nil:
-			return 0, endOfStream(err)
-		}
 	}
 }
 

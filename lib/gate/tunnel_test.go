@@ -170,44 +170,6 @@ func TestReset(t *testing.T) {
 	g.await("close", func(e audit.Event) bool { return e.Event == "close" })
 }
 
-func TestSSH(t *testing.T) {
-	sshd := serveTCP(t, func(c *net.TCPConn) {
-		fmt.Fprint(c, "welcome\r\nSSH-2.0-test\r\n")
-		io.Copy(c, c)
-	})
-	web := serveTCP(t, func(c *net.TCPConn) {
-		io.ReadFull(c, make([]byte, 4))
-		io.WriteString(c, strings.Repeat("HTTP/1.1 200 OK\r\n", maxBanner/10))
-	})
-	g := start(t, []plan.Rule{pin(allowHost("git.test", "ssh", sshd, web), "127.0.0.1")}, nil, nil)
-
-	_, _, c := g.connect(hostPort("git.test", sshd))
-	io.WriteString(c, "SSH-2.0-client\r\nkeys")
-	closeWrite(c)
-	if b, _ := io.ReadAll(c); string(b) != "welcome\r\nSSH-2.0-test\r\nSSH-2.0-client\r\nkeys" {
-		t.Errorf("%q", b)
-	}
-	for name, f := range map[string]func() net.Conn{
-		"client": func() net.Conn {
-			_, _, c := g.connect(hostPort("git.test", sshd))
-			io.WriteString(c, "GET / HTTP/1.1\r\n\r\n")
-			return c
-		},
-		"host": func() net.Conn {
-			_, _, c := g.connect(hostPort("git.test", web))
-			io.WriteString(c, "SSH-2.0-client\r\n")
-			return c
-		},
-	} {
-		seen := len(g.events())
-		got, _ := io.ReadAll(f())
-		if bytes.Contains(got, []byte("HTTP")) {
-			t.Errorf("%s: %q", name, got)
-		}
-		g.await(name, func(e audit.Event) bool { return e.Code == "not_ssh" && e.Verdict == "deny" && int(e.Seq) > seen })
-	}
-}
-
 func TestIdleTunnelEnds(t *testing.T) {
 	port := serveTCP(t, func(c *net.TCPConn) { io.Copy(c, c) })
 	l := defaultLimits

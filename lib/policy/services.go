@@ -19,7 +19,16 @@ const usualPort = 443
 // speaks for it: the first port's, or the refusal where nothing is. An address
 // is no name and refused as BadHost: nobody has to look it up.
 func (m *Matcher) Services(name string) ([]Service, Decision) {
-	d := m.Decide(name, usualPort)
+	return services(name, m.Decide, m.portsOf)
+}
+
+// Services is Matcher.Services over both lists.
+func (o *Overlay) Services(name string) ([]Service, Decision) {
+	return services(name, o.Decide, func(name string) []int { return append(o.base.portsOf(name), o.live.portsOf(name)...) })
+}
+
+func services(name string, decide func(string, int) Decision, portsOf func(string) []int) ([]Service, Decision) {
+	d := decide(name, usualPort)
 	name, ip, f := parseHost(name)
 	if d.Code == BadHost || f != nil {
 		return nil, d
@@ -29,8 +38,10 @@ func (m *Matcher) Services(name string) ([]Service, Decision) {
 	}
 	var open []Service
 	first := d
-	for _, p := range m.portsOf(name) {
-		now := m.Decide(name, p)
+	ports := portsOf(name)
+	slices.Sort(ports)
+	for _, p := range slices.Compact(ports) {
+		now := decide(name, p)
 		if len(open) == 0 {
 			first = now
 		}
@@ -41,7 +52,8 @@ func (m *Matcher) Services(name string) ([]Service, Decision) {
 	return open, first
 }
 
-// portsOf lists the ports of all allow rules that are about a name, sorted.
+// portsOf lists the ports of all allow rules that are about a name, in no order,
+// some more than once.
 func (m *Matcher) portsOf(name string) []int {
 	var all []int
 	walk := func(first int32, ok bool) {
@@ -63,6 +75,5 @@ func (m *Matcher) portsOf(name string) []int {
 		walk(first, ok)
 		rest = below
 	}
-	slices.Sort(all)
-	return slices.Compact(all)
+	return all
 }

@@ -43,4 +43,19 @@ func TestServices(t *testing.T) {
 			t.Errorf("%s: %v, %+v; want %v, %s", name, open, d, want.open, want.code)
 		}
 	}
+	o, err := NewOverlay(m, []plan.Rule{
+		allow("a.example.com", "exact", "tls", 9443), allow("new.test", "exact", "tcp", 5432),
+		{Host: "x.b.example.com", Class: "exact", Protocol: "any", Ports: []int{}, Verdict: "deny", From: "test"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string][]Service{
+		"a.example.com": {{22, "ssh"}, {443, "tls"}, {8443, "tls"}, {9443, "tls"}}, "new.test": {{5432, "tcp"}},
+		"x.b.example.com": nil, "other.test": nil,
+	} {
+		if open, d := o.Services(name); !slices.Equal(open, want) || d.Allow != (len(open) > 0) {
+			t.Errorf("with added rules: %s: %v, %+v; want %v", name, open, d, want)
+		}
+	}
 }

@@ -2,8 +2,9 @@
 
 // Package helper is the body of bottle-guest: the first process in the guest.
 // It prepares what the image lacks, relays the loopback proxy port and the names
-// that the policy opens to the gate, and reaps orphans. It runs as the guest's root with no capability left
-// but the one for low ports; the agent is another user and cannot touch it.
+// that the policy opens to the gate, and reaps orphans. It runs as the guest's
+// root with no capability left but the one for low ports; the agent is another
+// user and cannot touch it.
 package helper
 
 import (
