@@ -82,13 +82,13 @@ func (s *sshStart) version(before int) error {
 			case end >= 0 && end < maxVersionLine && isVersionLine(start[:end]):
 				return s.pass(line + end + 1)
 			case end >= 0 || len(start) >= maxVersionLine:
-				return s.refuse("a version line that is none of SSH 2")
+				return s.notSSH("a version line that is none of SSH 2")
 			}
 		} else if end >= 0 && line+end < before {
 			line += end + 1
 			continue
 		} else if len(s.got) > before && !bytes.HasPrefix([]byte("SSH-"), start) {
-			return s.refuse("something else than an SSH version line")
+			return s.notSSH("something else than an SSH version line")
 		}
 		if err := s.fill(len(s.got) + 1); err != nil {
 			return err
@@ -120,18 +120,18 @@ func (s *sshStart) firstPacket() error {
 	// Its length, that of its padding, and the kind of message.
 	if err := s.fill(6); err != nil {
 		if len(s.got) > 0 {
-			return s.refuse("no SSH packet after its version line")
+			return s.notSSH("no SSH packet after its version line")
 		}
 		return err
 	}
 	const disconnect, debug, kexinit = 1, 4, 20
 	length, padding, kind := binary.BigEndian.Uint32(s.got), s.got[4], s.got[5]
 	if length > maxSSHPacket || padding < 4 || uint32(padding)+2 > length || kind != kexinit && (kind < disconnect || kind > debug) {
-		return s.refuse("no SSH packet after its version line")
+		return s.notSSH("no SSH packet after its version line")
 	}
 	return s.pass(len(s.got))
 }
 
-func (s *sshStart) refuse(what string) error {
+func (s *sshStart) notSSH(what string) error {
 	return refused("not_ssh", "", 0, s.who+" began with "+what, `if this is another protocol, say so in the manifest: "protocol": "tcp"`)
 }
