@@ -15,6 +15,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/control"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/live"
+	"github.com/bottle-tools/bottle/lib/pipelock"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/policy"
 	"github.com/bottle-tools/bottle/lib/state"
@@ -26,11 +27,18 @@ func TestMain(m *testing.M) {
 	if slices.Equal(os.Args[1:], []string{"serve", "--keeper"}) {
 		tool.Main("bottle-egress", cli.Run)
 	}
+	if play := os.Getenv("FAKE_PIPELOCK"); play != "" {
+		os.Exit(fakePipelock(play, os.Args[1:]))
+	}
 	os.Exit(m.Run())
 }
 
 // gated is a keeper with a gate, and no guest.
-func gated(t testing.TB, rules ...plan.Rule) *keeper {
+func gated(t testing.TB, rules ...plan.Rule) *keeper { return proxied(t, "", rules...) }
+
+// proxied is a keeper with a gate and, where program is not "", with that
+// pipelock behind it.
+func proxied(t testing.TB, program string, rules ...plan.Rule) *keeper {
 	t.Helper()
 	top, err := os.MkdirTemp("", "bk-") // a socket's path is short
 	if err != nil {
@@ -62,6 +70,23 @@ func gated(t testing.TB, rules ...plan.Rule) *keeper {
 	k := &keeper{log: log, now: time.Now, phase: state.Ready, root: root, bottle: folder, rec: rec, plan: b,
 		cfg: Config{ID: folder.ID, EgressExe: self, Base: top}, proxy: &proxyKeeper{}, guard: noGuard(), ended: make(chan struct{})}
 	k.live = &liveRules{k: k, clock: live.Now}
+	if k.doc, err = plan.New(b); err != nil {
+		t.Fatal(err)
+	}
+	if program != "" {
+		e, err := pipelock.Derive(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := k.doc.Set("egress", e); err != nil {
+			t.Fatal(err)
+		}
+		k.cfg.Pipelock = program
+		if k.proxy, err = startProxy(t.Context(), k); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { k.proxy.stop() })
+	}
 	if k.gate, err = startGate(k); err != nil {
 		t.Fatal(err)
 	}

@@ -88,6 +88,42 @@ func pipelocked(t *testing.T, world func(testing.TB) *harness.World) {
 	proxyUp(t, w, id)
 	pipelocktest.Serve(t, 443, true, http.HandlerFunc(mirror))
 	throughPipelock(t, w, id)
+	liveThroughPipelock(t, w, id)
+}
+
+// liveThroughPipelock opens a host that pipelock has to learn of, and closes
+// one.
+func liveThroughPipelock(t *testing.T, w *harness.World, id string) {
+	t.Helper()
+	reach := func(host string) string {
+		_, status, body := get(w, id, host, 443, "/", "-k")
+		return status + " " + body
+	}
+	pid := pipelockPid(w)
+	w.OK("bottle-egress allow --bottle " + id + " other.example.com")
+	if got := reach("other.example.com"); !contains(got, `served other.example.com with ""`) {
+		t.Errorf("allowed: %s", got)
+	}
+	w.OK("bottle-egress deny --bottle " + id + " example.com")
+	if got := reach("example.com"); !contains(got, " 403") {
+		t.Errorf("denied: %s", got)
+	}
+	// pipelock would resolve and dial by itself: it has to have learnt the range.
+	w.OK("bottle-egress deny --bottle " + id + " " + pipelocktest.PublicAddr + "/32")
+	if got := reach("other.example.com"); !contains(got, " 403") {
+		t.Errorf("its address is denied: %s", got)
+	}
+	w.OK("bottle-egress revert --bottle " + id + " " + pipelocktest.PublicAddr + "/32 example.com")
+	if got := reach("example.com"); !contains(got, `served example.com with ""`) {
+		t.Errorf("reverted: %s", got)
+	}
+	w.OK("bottle-egress revert --bottle " + id + " --all")
+	if got := reach("other.example.com"); !contains(got, " 403") {
+		t.Errorf("reverted: %s", got)
+	}
+	if now := pipelockPid(w); now != pid {
+		t.Errorf("pipelock was restarted: %d, before %d", now, pid)
+	}
 }
 
 func proxyUp(t *testing.T, w *harness.World, id string) {
