@@ -124,8 +124,12 @@ func newLog(f file, opts Options) *Log {
 }
 
 // OnFailure has f called, from a goroutine of its own, each time the log is
-// closed by an error. It has to be set before the first Write.
-func (l *Log) OnFailure(f func(error)) { l.failed = f }
+// closed by an error.
+func (l *Log) OnFailure(f func(error)) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.failed = f
+}
 
 // Start writes the line of a gate that takes up its work, once.
 func (l *Log) Start() error {

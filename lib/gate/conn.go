@@ -16,6 +16,8 @@ type guestConn struct {
 	net.Conn
 	gate *Gate
 	once sync.Once
+	// relayed is set once there is no answer any more that it could still get.
+	relayed atomic.Bool
 }
 
 func (c *guestConn) Close() error {

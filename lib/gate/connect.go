@@ -55,6 +55,10 @@ func (g *Gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	defer g.busy.Done()
 	c := connOf(r)
+	if g.isShut() {
+		auditFailed("", 0).write(w, true)
+		return
+	}
 	if r.Method == http.MethodConnect && c.tunnel == nil {
 		g.connect(w, r)
 		return
@@ -201,6 +205,7 @@ func (g *Gate) pass(w http.ResponseWriter, t *tunnel, e audit.Event) {
 		}
 		open = openTLS(raw, t)
 	}
+	guest.relayed.Store(true)
 	var broken error
 	e.BytesOut, e.BytesIn, broken = relay(from, up, open, g.limits)
 	var f *Refusal

@@ -129,7 +129,8 @@ type Gate struct {
 	mu     sync.Mutex
 	conns  map[*guestConn]struct{}
 	closed bool
-	failed error // the audit log cannot be written
+	shut   error // why the audit log cannot be written at present
+	failed error // why it never will
 	busy   sync.WaitGroup
 }
 
@@ -246,10 +247,12 @@ func connState(c net.Conn, s http.ConnState) {
 }
 
 // Serve answers the guest's connections on l until ctx ends, Close is called, l
-// fails, or the audit log cannot be written, which is the fault it returns
-// then. It closes l. A gate serves once.
+// fails, or the audit log is lost, which is the fault it returns then (a log
+// that cannot be written for a while shuts the gate as long). It closes l. A
+// gate serves once.
 func (g *Gate) Serve(ctx context.Context, l net.Listener) error {
-	if err := g.cfg.Audit.Write(audit.Event{Event: audit.KindStart}); err != nil {
+	g.cfg.Audit.OnFailure(g.logFailed)
+	if err := g.cfg.Audit.Start(); err != nil {
 		l.Close()
 		g.Close()
 		return err
@@ -393,28 +396,11 @@ func (g *Gate) end(e audit.Event, began time.Time) {
 	g.write(e)
 }
 
-// write fails closed: without its log the gate ends.
+// write fails closed: without its log the gate is shut.
 func (g *Gate) write(e audit.Event) bool {
 	err := g.cfg.Audit.Write(e)
-	if err == nil {
-		return true
+	if err != nil {
+		g.logFailed(err)
 	}
-	g.mu.Lock()
-	first := g.failed == nil && !g.closed
-	if first {
-		g.failed = err
-	}
-	g.mu.Unlock()
-	if first {
-		// Not from here: Close waits for nobody, but it cuts the caller's own
-		// connection, which should still get its answer.
-		time.AfterFunc(50*time.Millisecond, func() { g.Close() })
-	}
-	return false
-}
-
-// auditFailed is the answer when a decision could not be written down.
-func auditFailed(host string, port int) *Refusal {
-	return refused("audit_failed", host, port, "the decision could not be written to the audit log",
-		"make room on the host's disk and start the bottle anew")
+	return err == nil
 }

@@ -342,7 +342,8 @@ func (f *full) Write(p []byte) (int, error) {
 }
 func (f *full) Close() error { return nil }
 
-// Without its log the gate lets nothing through, and ends.
+// Without its log the gate lets nothing through, and ends where the log is lost
+// for good.
 func TestAuditFailureCloses(t *testing.T) {
 	var reached atomic.Int64
 	port := serveTCP(t, func(c *net.TCPConn) {
@@ -355,7 +356,7 @@ func TestAuditFailureCloses(t *testing.T) {
 	g := start(t, []plan.Rule{tcpRule("tcp.test", port), pin(allowHost("ok.test", "http", o.port), "127.0.0.1")}, nil,
 		func(c *Config) { c.Audit = audit.New(w, audit.Options{Bottle: "t"}) })
 	status, f, c := g.connect(hostPort("tcp.test", port))
-	if status != 403 || f.Error.Code != "audit_failed" {
+	if status != 503 || f.Error.Code != "audit_failed" {
 		t.Errorf("%d %+v", status, f)
 	}
 	io.WriteString(c, "data")
