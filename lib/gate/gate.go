@@ -126,6 +126,10 @@ type Gate struct {
 	changing sync.Mutex  // held while the rules change
 	ending   *time.Timer // for the next end of a rule
 
+	// turnedAway bounds the connections that were answered before they were
+	// read, and are given the time to see it.
+	turnedAway chan struct{}
+
 	mu     sync.Mutex
 	conns  map[*guestConn]struct{}
 	closed bool
@@ -164,7 +168,7 @@ func New(cfg Config) (*Gate, error) {
 		}
 	}
 	g := &Gate{cfg: cfg, limits: defaultLimits, matcher: matcher, inner: newQueue(), clock: live.Now, started: make(chan struct{}),
-		conns: make(map[*guestConn]struct{}), flows: flowList{list: make(map[*flow]struct{})}, start: time.Now()}
+		turnedAway: make(chan struct{}, 64), conns: make(map[*guestConn]struct{}), flows: flowList{list: make(map[*flow]struct{})}, start: time.Now()}
 	none, err := g.newRuleset(nil, false)
 	if err != nil {
 		return nil, err
@@ -362,8 +366,20 @@ func (g *Gate) tooMany(c net.Conn) {
 		Reason: "the bottle has too many connections open", Hint: "close some; try again"}
 	g.deny(f, g.newEvent(audit.KindConnect, "", 0))
 	_ = c.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-	_, _ = c.Write(f.raw())
-	c.Close()
+	if _, err := c.Write(f.raw()); err != nil {
+		c.Close()
+		return
+	}
+	select {
+	case g.turnedAway <- struct{}{}:
+		go func() {
+			lingerClose(c)
+			c.Close()
+			<-g.turnedAway
+		}()
+	default:
+		c.Close()
+	}
 }
 
 // newEvent begins a decision's line.

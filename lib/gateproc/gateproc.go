@@ -21,6 +21,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/fdpass"
 	"github.com/bottle-tools/bottle/lib/live"
@@ -33,13 +34,17 @@ const ConnFD = 3
 // Config is one line of JSON on the gate's stdin. It holds secrets, so it is
 // never an argument, a variable or a file.
 type Config struct {
-	ID       string            `json:"id"`
-	Bottle   *plan.Bottle      `json:"bottle"`
-	Base     string            `json:"base"`    // absolute folder of the manifest, for roots
-	Secrets  map[string]string `json:"secrets"` // values by name; a missing one is missing here
-	CA       []byte            `json:"ca,omitempty"`
-	Audit    string            `json:"audit"`    // absolute path of the audit log
-	Upstream string            `json:"upstream"` // host:port of pipelock; "" for the built-in proxy
+	ID      string            `json:"id"`
+	Bottle  *plan.Bottle      `json:"bottle"`
+	Base    string            `json:"base"`    // absolute folder of the manifest, for roots
+	Secrets map[string]string `json:"secrets"` // values by name; a missing one is missing here
+	CA      []byte            `json:"ca,omitempty"`
+	Audit   string            `json:"audit"` // absolute path of the audit log
+	// AuditBounds of the log; zero: the default. AuditHead is its last line, as
+	// the keeper found it when the gate before this one had ended.
+	AuditBounds audit.Bounds `json:"audit_bounds"`
+	AuditHead   audit.Head   `json:"audit_head"`
+	Upstream    string       `json:"upstream"` // host:port of pipelock; "" for the built-in proxy
 }
 
 // Ready is the one line a gate writes on stdout when it serves, or fails.

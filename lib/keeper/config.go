@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"syscall"
 
+	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -41,6 +42,7 @@ type Config struct {
 	Mounts    []engine.Bind `json:"mounts"`
 	Conceal   []string      `json:"conceal"` // files that secrets come from, absolute
 	UserHome  string        `json:"user_home"`
+	Audit     audit.Bounds  `json:"audit"` // of the log
 	HostUID   int           `json:"host_uid"`
 	HostGID   int           `json:"host_gid"`
 

@@ -3,10 +3,14 @@ package keeper
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
+	"net"
 	"os"
 	"sync"
 	"time"
 
+	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/gateproc"
 )
 
@@ -19,9 +23,48 @@ const (
 // Backoff of a gate or proxy that keeps dying.
 const (
 	restartFirst = 20 * time.Millisecond
-	restartMost  = 2 * time.Second
+	restartMost  = 500 * time.Millisecond
 	steady       = 10 * time.Second // a run this long starts the backoff anew
 )
+
+// gateDown is the keeper's answer to whatever a guest asks for while there is
+// no gate. It is the gate's form (lib/gate, Refusal), and nothing of the request
+// is read for it.
+var gateDown = func() []byte {
+	const body = `{"error":{"code":"gate_down","host":"","port":0,` +
+		`"reason":"the bottle's gate is being started anew; meanwhile nothing leaves the bottle","hint":"try again in a second"}}` + "\n"
+	return fmt.Appendf(nil, "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"+
+		"Cache-Control: no-store\r\nX-Bottle-Decision: error\r\nRetry-After: 1\r\nConnection: close\r\n\r\n%s", len(body), body)
+}()
+
+// telling bounds the connections that are told so at one time; more are closed.
+var telling = make(chan struct{}, 64)
+
+// tellDown answers on a guest's connection, unread, and closes it. Closing it at
+// once would take the answer from a client that is still sending.
+func tellDown(f *os.File) {
+	c, err := net.FileConn(f)
+	f.Close()
+	if err != nil {
+		return
+	}
+	select {
+	case telling <- struct{}{}:
+	default:
+		c.Close()
+		return
+	}
+	go func() {
+		defer func() { c.Close(); <-telling }()
+		_ = c.SetDeadline(time.Now().Add(500 * time.Millisecond))
+		if _, err := c.Write(gateDown); err != nil {
+			return
+		}
+		if h, ok := c.(interface{ CloseWrite() error }); ok && h.CloseWrite() == nil {
+			_, _ = io.CopyN(io.Discard, c, 64<<10)
+		}
+	}()
+}
 
 // pending bounds the connections that wait to be passed to the gate.
 const pending = 256
@@ -29,7 +72,7 @@ const pending = 256
 var errNoGate = errors.New("the gate is down")
 
 // gateKeeper keeps one gate process alive and passes connections to it. While
-// there is none, connections are closed: the bottle has no way out.
+// there is none, connections are told so and closed: the bottle has no way out.
 type gateKeeper struct {
 	k      *keeper
 	config gateproc.Config
@@ -53,7 +96,7 @@ func startGate(k *keeper) (*gateKeeper, error) {
 	g := &gateKeeper{k: k, queue: make(chan *os.File, pending), quit: make(chan struct{}), done: make(chan struct{})}
 	g.config = gateproc.Config{
 		ID: k.cfg.ID, Bottle: k.plan, Base: k.cfg.Base, Secrets: k.cfg.Secrets, CA: k.caPEM,
-		Audit: k.root.Audit(k.cfg.ID), Upstream: k.proxy.addr(),
+		Audit: k.root.Audit(k.cfg.ID), AuditBounds: k.cfg.Audit, Upstream: k.proxy.addr(),
 	}
 	g.first = sync.OnceValues(func() (*gateproc.Process, error) {
 		p, err := g.launch()
@@ -121,12 +164,17 @@ func (g *gateKeeper) forward() {
 	for {
 		select {
 		case f := <-g.queue:
+			err := errNoGate
 			if p := g.get(); p != nil {
-				if err := p.Conns.Send([]byte("c"), f); err != nil {
+				if err = p.Conns.Send([]byte("c"), f); err != nil {
 					g.k.logf("passing a connection to the gate: %v", err)
 				}
 			}
-			f.Close() // the gate has its own; without a gate the guest sees the end
+			if err != nil {
+				tellDown(f)
+				continue
+			}
+			f.Close() // the gate has its own
 		case <-g.quit:
 			return
 		}
@@ -149,6 +197,7 @@ func (g *gateKeeper) supervise(p *gateproc.Process) {
 		g.set(nil)
 		p.Conns.Close()
 		g.k.logf("the gate ended (%s); the bottle has no way out until the next one is up", p.Exited())
+		g.remember()
 		for p = nil; p == nil; wait = min(2*wait, restartMost) {
 			if g.k.now().Sub(begun) > steady {
 				wait = restartFirst
@@ -163,6 +212,16 @@ func (g *gateKeeper) supervise(p *gateproc.Process) {
 	}
 }
 
+// remember notes how the dead gate has left the log: the next one has to find it
+// like that.
+func (g *gateKeeper) remember() {
+	head, err := audit.Tail(g.config.Audit)
+	if err != nil {
+		g.k.logf("%v", err)
+	}
+	g.config.AuditHead = head
+}
+
 func (g *gateKeeper) relaunch() *gateproc.Process {
 	p, err := g.launch()
 	if err != nil {
@@ -174,6 +233,7 @@ func (g *gateKeeper) relaunch() *gateproc.Process {
 	if err := p.AwaitReady(ctx); err != nil {
 		g.k.logf("restarting the gate: %v", err)
 		_ = p.Stop(0)
+		g.remember() // it may have written that it began
 		return nil
 	}
 	if err := g.k.live.adopt(ctx, p); err != nil {

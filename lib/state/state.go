@@ -413,6 +413,42 @@ func (r *Root) AsidePath(id string) string { return filepath.Join(r.Dir, "aside"
 // after the agent is gone.
 func (r *Root) Audit(id string) string { return filepath.Join(r.Dir, "audit", id+".jsonl") }
 
+// FindAudit resolves an id of the command line to the vm.id of an audit log: a
+// live bottle's, or the newest one of that name, since logs outlive bottles.
+func (r *Root) FindAudit(id string) (string, error) {
+	if _, ok := plan.SplitVMID(id); ok {
+		if _, err := os.Lstat(r.Audit(id)); err == nil {
+			return id, nil
+		}
+	}
+	b, err := r.Find(id)
+	if err == nil {
+		return b.ID, nil
+	}
+	if f := fault.As(err); f.Code != "no_such_bottle" {
+		return "", err
+	}
+	entries, listErr := os.ReadDir(filepath.Join(r.Dir, "audit"))
+	if listErr != nil && !errors.Is(listErr, fs.ErrNotExist) {
+		return "", fault.New(fault.IO, "read_failed", "reading state: %w", listErr)
+	}
+	newest, at := "", time.Time{}
+	for _, e := range entries {
+		vm := strings.TrimSuffix(e.Name(), ".jsonl")
+		if name, ok := plan.SplitVMID(vm); !ok || name != id || vm == e.Name() {
+			continue
+		}
+		if fi, err := e.Info(); err == nil && !fi.ModTime().Before(at) {
+			newest, at = vm, fi.ModTime()
+		}
+	}
+	if newest == "" {
+		return "", fault.New(fault.NoInput, "no_audit_log", "no bottle %q, and no audit log of one", id).
+			WithHint("bottle-vm ls shows the bottles; the logs lie in %s; a bottle that asked for nothing leaves none", filepath.Join(r.Dir, "audit"))
+	}
+	return newest, nil
+}
+
 // MakeAudit makes the folder of the audit logs.
 func (r *Root) MakeAudit() error { return mkdir(filepath.Join(r.Dir, "audit")) }
 

@@ -32,10 +32,11 @@ is looked up, run or written.
   bottle-plan claude | bottle-egress yaml > pipelock.yaml
   bottle-plan claude | bottle-egress serve --listen tcp:127.0.0.1:3128
   bottle-plan claude | bottle-egress explain api.example.com
-  bottle-egress allow --bottle claude --for 1h docs.example.org`,
+  bottle-egress allow --bottle claude --for 1h docs.example.org
+  bottle-egress log --follow claude`,
 		FlagSet: fs,
 		Subcommands: []*tool.Command{yamlCommand(p), serveCommand(p), explainCommand(p),
-			allowCommand(p), denyCommand(p), rulesCommand(p), revertCommand(p)},
+			allowCommand(p), denyCommand(p), rulesCommand(p), revertCommand(p), logCommand(p)},
 		Exec: func(ctx context.Context, args []string) error {
 			if err := noVerb(args); err != nil {
 				return err
@@ -50,7 +51,7 @@ func noVerb(args []string) error {
 		return err
 	}
 	return fault.New(fault.Usage, "usage", "unknown verb %q", args[0]).
-		WithHint("the verbs are yaml, serve, explain, allow, deny, rules and revert; without one, documents are read from stdin")
+		WithHint("the verbs are yaml, serve, explain, allow, deny, rules, revert and log; without one, documents are read from stdin")
 }
 
 // derive writes the egress section. One that stands in the document already is

@@ -29,6 +29,7 @@ const caLife = 24 * time.Hour
 type serveFlags struct {
 	listen, audit, caCert, dir string
 	keeper                     bool
+	bounds                     audit.Bounds
 }
 
 func serveCommand(p *tool.Proc) *tool.Command {
@@ -36,6 +37,7 @@ func serveCommand(p *tool.Proc) *tool.Command {
 	var f serveFlags
 	fs.StringVar(&f.listen, "listen", "", "`ADDRESS` to serve on: unix:PATH, or tcp:127.0.0.1:PORT, which every user of this host can reach")
 	fs.StringVar(&f.audit, "audit", "-", "append the audit log to `FILE`; - is stdout")
+	p.Ambient(fs, f.bounds.Flags(fs)...)
 	fs.StringVar(&f.caCert, "ca-cert", "", "write the certificate that clients of inspected hosts have to trust to `FILE`")
 	fs.StringVar(&f.dir, "dir", "", "the manifest's folder `DIR`, for the files that the plan names (default the working folder)")
 	fs.BoolVar(&f.keeper, "keeper", false, "take configuration and connections from a bottle's keeper")
@@ -57,7 +59,7 @@ without the bottle.
 				return err
 			}
 			if f.keeper {
-				if f != (serveFlags{keeper: true, audit: "-"}) {
+				if f != (serveFlags{keeper: true, audit: "-", bounds: audit.DefaultBounds}) {
 					return fault.New(fault.Usage, "usage", "--keeper takes no other flag").WithHint("the keeper's configuration says it all")
 				}
 				return serveKeeper(ctx, p)
@@ -71,6 +73,9 @@ without the bottle.
 func serve(ctx context.Context, p *tool.Proc, f serveFlags) (err error) {
 	addr, err := parseListen(f.listen)
 	if err != nil {
+		return err
+	}
+	if err := f.bounds.Check(); err != nil {
 		return err
 	}
 	d, err := one(ctx, p)
@@ -92,7 +97,7 @@ func serve(ctx context.Context, p *tool.Proc, f serveFlags) (err error) {
 	defer func() { err = errors.Join(err, proxy.stop()) }()
 	cfg.Upstream = proxy.addr()
 
-	if cfg.Audit, err = openAudit(p, f.audit, b.ID); err != nil {
+	if cfg.Audit, err = openAudit(p, f, b.ID); err != nil {
 		return err
 	}
 	defer cfg.Audit.Close()
@@ -238,11 +243,13 @@ func authority(p *tool.Proc, file string, b *plan.Bottle) (*ca.Authority, error)
 	return a, nil
 }
 
-func openAudit(p *tool.Proc, file, id string) (*audit.Log, error) {
-	if file == "-" {
-		return audit.New(keepOpen{p.Stdout}, audit.Options{Bottle: id, Now: p.Now}), nil
+func openAudit(p *tool.Proc, f serveFlags, id string) (*audit.Log, error) {
+	opts := f.bounds.Options(id)
+	opts.Now = p.Now
+	if f.audit == "-" {
+		return audit.New(keepOpen{p.Stdout}, opts), nil
 	}
-	return audit.Open(file, audit.Options{Bottle: id, Now: p.Now})
+	return audit.Open(f.audit, opts)
 }
 
 // keepOpen is stdout for a log that closes what it writes to.

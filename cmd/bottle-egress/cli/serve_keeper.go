@@ -98,11 +98,17 @@ func keeperGate(p *tool.Proc, in *bufio.Reader) (*gate.Gate, net.Listener, *audi
 		return nil, nil, nil, fault.New(fault.Bug, "bug", "the keeper's descriptor: %w", err).
 			WithHint("--keeper is for bottle-vm; by hand, use --listen")
 	}
-	if cfg.Audit, err = audit.Open(c.Audit, audit.Options{Bottle: c.ID, Now: p.Now}); err != nil {
+	opts := c.AuditBounds.Options(c.ID)
+	opts.Now, opts.Head = p.Now, c.AuditHead
+	if cfg.Audit, err = audit.Open(c.Audit, opts); err != nil {
 		conns.Close()
 		return nil, nil, nil, err
 	}
 	g, err := gate.New(cfg)
+	if err == nil {
+		// A gate that cannot write is none: up fails, or the keeper tries again.
+		err = cfg.Audit.Start()
+	}
 	if err != nil {
 		conns.Close()
 		cfg.Audit.Close()

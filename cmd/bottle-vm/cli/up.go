@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/image"
@@ -32,6 +33,7 @@ type upFlags struct {
 	expect           tool.List
 	owner            int
 	printID          bool
+	audit            audit.Bounds
 }
 
 // filename is a flag that names a file: an empty value would read as if what it
@@ -60,7 +62,7 @@ func (v *vm) upCommand() *tool.Command {
 	fs.Var(&f.revoked, "revoked", "keys that do not count any more: a `FILE` with a KRL, or public keys")
 	fs.Var(&f.expect, "expect", "start only the plan with this `DIGEST`, as bottle-plan --hash prints it; may be repeated")
 	// Where signers are listed may be ambient: it can only keep bottles from starting.
-	v.p.Ambient(fs, "dir", "cache", "require-signed", "revoked")
+	v.p.Ambient(fs, append(f.audit.Flags(fs), "dir", "cache", "require-signed", "revoked")...)
 	out := v.p.OutputFlags(fs)
 	return &tool.Command{
 		Name:       "up",
@@ -81,6 +83,9 @@ is started. FILE has to lie where no bottle and no checkout comes.
 		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
 			if err := tool.NoArgs(args); err != nil {
+				return err
+			}
+			if err := f.audit.Check(); err != nil {
 				return err
 			}
 			return v.up(ctx, &f, out)
@@ -384,7 +389,7 @@ func (s *starter) secrets(ctx context.Context) error {
 	for _, m := range missing {
 		s.p.Warn("secret %s is missing: %s; its first use will be answered with 403 secret_missing", m.Name, m.Why)
 	}
-	s.cfg.Secrets, s.cfg.UserHome = values, s.p.Getenv("HOME")
+	s.cfg.Secrets, s.cfg.UserHome, s.cfg.Audit = values, s.p.Getenv("HOME"), s.flags.audit
 	for _, sec := range s.bottle.Secrets {
 		if file, ok := strings.CutPrefix(sec.From, "file:"); ok {
 			path, err := s.vm.place(s.base).Path(file)

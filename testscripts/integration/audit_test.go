@@ -1,0 +1,97 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/tidwall/gjson"
+
+	"github.com/bottle-tools/bottle/testscripts/harness"
+)
+
+// TestAuditLog: the log of a bottle is rotated, read and summed up over its
+// files, whole over a gate that is killed, and a bottle whose gate cannot come
+// back says so, has no way out, and recovers.
+func TestAuditLog(t *testing.T) {
+	harness.EachUser(t, func(t *testing.T, w *harness.World) {
+		w.Manifest(`"runtime":"gvisor","egress":{"proxy":"builtin","allow":["allowed.test"]}`)
+		w.Env = append(w.Env, "BOTTLE_AUDIT_MIB=1", "BOTTLE_AUDIT_FILES=5")
+		if r := w.Sh("bottle-plan | bottle-vm up --audit-mib 0"); r.Code != 64 || !contains(r.Stderr, "--audit-mib") {
+			t.Errorf("%+v", r)
+		}
+		w.OK("bottle-plan | bottle-vm up -o doc.json")
+		id := gjson.Get(w.Read("doc.json"), "vm.id").Str
+		path := gjson.Get(w.Read("doc.json"), "vm.gate.audit_log").Str
+
+		const asked = 1500
+		ask := func(n int) string {
+			return w.Exec(id, fmt.Sprintf(`curl -sS -m 60 -o /dev/null -w '%%{http_code}\n' "http://denied.test/%s/[1-%d]" | sort | uniq -c`, strings.Repeat("p", 900), n)).Out
+		}
+		if got := strings.Fields(ask(asked)); len(got) != 2 || got[0] != fmt.Sprint(asked) || got[1] != "403" {
+			t.Fatalf("%q", got)
+		}
+		if _, err := os.Stat(path + ".000001"); err != nil {
+			t.Error(err)
+		}
+		lines := w.OK("bottle-vm logs --audit " + id)
+		if n := strings.Count(lines, `"host":"denied.test"`); n != asked {
+			t.Errorf("%d of %d decisions", n, asked)
+		}
+		if got := w.OK("bottle-egress log " + id); got != lines {
+			t.Error("bottle-egress log prints something else than bottle-vm logs --audit")
+		}
+		verify := func() string {
+			r := w.Sh("bottle-egress log --verify " + id)
+			if r.Code != 0 || gjson.Get(r.Out, "verdict").Str != "whole" || gjson.Get(r.Out, "files").Int() < 2 {
+				t.Errorf("verify: %+v", r)
+			}
+			return gjson.Get(r.Out, "head.sha256").Str
+		}
+		pin := verify()
+
+		kill := func() {
+			if err := syscall.Kill(gatePid(t, w), syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}
+		until := func(what, want string) {
+			for began := time.Now(); !contains(w.OK("bottle-vm status "+id), want); time.Sleep(20 * time.Millisecond) {
+				if time.Since(began) > 20*time.Second {
+					t.Fatalf("%s: %s", what, w.OK("bottle-vm status "+id))
+				}
+			}
+		}
+		// A log that others may write is not written to: no gate comes back.
+		if err := os.Chmod(path, 0o666); err != nil {
+			t.Fatal(err)
+		}
+		kill()
+		until("the gate is gone", `"gate":"down"`)
+		r := w.Exec(id, "curl -sS -m 10 -i http://allowed.test/")
+		if !contains(r.Out, "503 Service Unavailable") || !contains(r.Out, `"code":"gate_down"`) || !contains(r.Out, "Retry-After: 1") {
+			t.Errorf("without a gate: %+v", r)
+		}
+		if err := os.Chmod(path, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		until("the gate is back", `"gate":"up"`)
+		if got := ask(1); !contains(got, "403") {
+			t.Errorf("%q", got)
+		}
+		if r := w.Sh("bottle-egress log --verify --pin " + pin + " " + id); r.Code != 0 {
+			t.Errorf("verify: %+v", r)
+		}
+		r = w.Sh("bottle-vm down --report " + id)
+		if r.Code != 0 || !contains(r.Stderr, fmt.Sprintf("denied denied.test:80, %d times", asked+1)) {
+			t.Errorf("%+v", r)
+		}
+		// It outlives the bottle, and has ended in order.
+		if r := w.Sh("bottle-egress log --verify " + id); r.Code != 0 || !gjson.Get(r.Out, "ended").Bool() {
+			t.Errorf("verify: %+v", r)
+		}
+	})
+}
