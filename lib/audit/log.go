@@ -147,7 +147,7 @@ func (l *Log) Start() error {
 // refusal, and what a close line tells of has flowed. They are durable within
 // lazySync; all others before Write returns.
 func lazy(e *Event) bool {
-	decision := e.Event == KindConnect || e.Event == KindRequest
+	decision := e.Event == KindConnect || e.Event == KindRequest || e.Event == KindLookup
 	return e.Event == KindClose || decision && e.Verdict != Allow
 }
 
