@@ -62,7 +62,7 @@ var mains = map[string][]string{
 }
 
 // pure packages decide and describe: what they are told is all they know.
-var pure = []string{"lib/plan", "lib/manifest", "lib/policy", "lib/orphan", "lib/smolfile", "lib/fault"}
+var pure = []string{"lib/plan", "lib/manifest", "lib/policy", "lib/plandiff", "lib/orphan", "lib/smolfile", "lib/fault"}
 
 // runners are the packages that start a process, and which.
 var runners = map[string]string{

@@ -28,6 +28,7 @@ machine; nothing is written, resolved or started.
     bottle-plan claude | bottle-vm up     # and run it
     bottle-plan --hash claude             # the digest of the plan, for a review to pin
     bottle-plan init >bottle.json         # a manifest to start from
+    bottle-plan diff old.json bottle.json # what a change of it opens or closes
 
 docs/manifest.md describes every field. Exit statuses: docs/exit-codes.md.`
 
@@ -47,7 +48,7 @@ func Run(ctx context.Context, p *tool.Proc) int {
 		LongHelp:   help,
 		FlagSet:    fs,
 		Subcommands: []*tool.Command{
-			checkCommand(p), initCommand(p), schemaCommand(p), signCommand(p), verifyCommand(p),
+			checkCommand(p), initCommand(p), schemaCommand(p), diffCommand(p), signCommand(p), verifyCommand(p),
 		},
 		Exec: func(_ context.Context, args []string) error { return c.run(args) },
 	}
@@ -153,7 +154,7 @@ func unknownAgent(m *manifest.Manifest, name string) error {
 	if k := m.Nearest(name); k != "" {
 		return f.WithHint("did you mean %s?", k)
 	}
-	return f.WithHint("its agents: %s; verbs: check, init, schema, sign, verify", strings.Join(m.Agents(), ", "))
+	return f.WithHint("its agents: %s; verbs: check, diff, init, schema, sign, verify", strings.Join(m.Agents(), ", "))
 }
 
 func (c *planCommand) write(b *plan.Bottle, named bool) error {

@@ -62,6 +62,7 @@ func TestNoSideEffects(t *testing.T) {
 	}
 	dir := folder(t, map[string]string{
 		"bottle.json": strings.Replace(starter, `"allow": [`, `"roots": ["ca.pem"], "allow": ["api.example.com", "*.example.org", "10.0.0.0/8",`, 1),
+		"other.json":  starter,
 		"bad.json":    `{`,
 		"ca.pem":      "-----BEGIN CERTIFICATE-----\n",
 		".npmrc":      "registry=https://npm.example/\n",
@@ -75,6 +76,7 @@ func TestNoSideEffects(t *testing.T) {
 	for _, args := range [][]string{
 		{"bash"}, {"--all"}, {"--all", "--hash"}, {"--pretty"}, {"check"}, {"schema"},
 		{"init", "--with", "npm,pip,go"}, {"-m", "bad.json"}, {"-m", "nowhere.json"}, {"nosuch"},
+		{"diff", "bottle.json", "bottle.json"}, {"diff", "--pretty", "bottle.json", "other.json"},
 	} {
 		if got := trace(t, dir, env, append([]string{bin}, args...)...); len(got) > 0 {
 			t.Errorf("bottle-plan %s:\n%s", strings.Join(args, " "), strings.Join(got, "\n"))

@@ -22,17 +22,23 @@ const largeManifest = 512 << 10
 // loadManifest reads and checks a manifest; file "-" is stdin, and what it
 // names is then looked for in the working folder.
 func loadManifest(p *tool.Proc, file string) (*manifest.Manifest, error) {
-	data, err := manifestBytes(p, file)
+	data, err := manifestBytes(p, file, manifest.MaxBytes)
 	if err != nil {
 		return nil, err
 	}
+	return parseManifest(p, file, data)
+}
+
+// parseManifest checks the bytes of a manifest. What it names is looked for
+// beside file; beside a pipe there is nothing, and the working folder counts.
+func parseManifest(p *tool.Proc, file string, data []byte) (*manifest.Manifest, error) {
 	if len(data) > largeManifest {
 		// A process this short has better use for its time than collecting what
 		// it made a moment ago.
 		debug.SetGCPercent(400)
 	}
 	dir, name := ".", "-"
-	if file != "-" {
+	if file != "-" && !isPipe(file) {
 		dir, name = filepath.Dir(file), filepath.Base(file)
 	}
 	return manifest.Load(data, name, func(path string) ([]byte, error) {
@@ -47,20 +53,22 @@ func loadManifest(p *tool.Proc, file string) (*manifest.Manifest, error) {
 	})
 }
 
-func manifestBytes(p *tool.Proc, file string) ([]byte, error) {
+// manifestBytes reads one byte more than most, so that the reader of a format
+// can tell.
+func manifestBytes(p *tool.Proc, file string, most int64) ([]byte, error) {
 	if file == "-" {
 		if tool.IsTerminal(p.Stdin) {
 			return nil, fault.New(fault.Usage, "usage", "stdin is a terminal, and -m - reads the manifest from it").
 				WithHint("pipe the manifest in, or name the file with -m FILE")
 		}
-		return readAll(p.Stdin, "stdin")
+		return readAll(p.Stdin, "stdin", most)
 	}
 	if file == "" {
 		return nil, fault.New(fault.Usage, "usage", "-m names no file").WithHint("leave it out to read %s", defaultManifest)
 	}
 	// A shell's own pipe, -m <(...), may be read; a FIFO that lies in a cloned
 	// repository would hold us up for ever.
-	if fi, err := os.Stat(file); err == nil && !fi.IsDir() && !fi.Mode().IsRegular() && !strings.HasPrefix(file, "/dev/fd/") && !strings.HasPrefix(file, "/proc/self/fd/") {
+	if fi, err := os.Stat(file); err == nil && !fi.IsDir() && !fi.Mode().IsRegular() && !isPipe(file) {
 		return nil, fault.New(fault.NoInput, "unreadable_manifest", "%s is not a regular file", file).WithHint("-m - reads the manifest from stdin")
 	}
 	f, err := os.Open(file)
@@ -76,16 +84,20 @@ func manifestBytes(p *tool.Proc, file string) ([]byte, error) {
 		return nil, fault.New(fault.NoInput, "no_manifest", "%s is a folder", file).
 			WithHint("name the file in it: -m %s", filepath.Join(file, defaultManifest))
 	}
-	return readAll(f, file)
+	return readAll(f, file, most)
+}
+
+// isPipe tells of a shell's own pipe, as in -m <(...).
+func isPipe(file string) bool {
+	return strings.HasPrefix(file, "/dev/fd/") || strings.HasPrefix(file, "/proc/self/fd/")
 }
 
 func unreadable(file string, err error) error {
 	return fault.New(fault.NoInput, "unreadable_manifest", "reading the manifest: %w", err).WithHint("may you read %s?", file)
 }
 
-// readAll reads one byte more than a manifest may have, so that Load can tell.
-func readAll(r io.Reader, name string) ([]byte, error) {
-	data, err := io.ReadAll(io.LimitReader(r, manifest.MaxBytes+1))
+func readAll(r io.Reader, name string, most int64) ([]byte, error) {
+	data, err := io.ReadAll(io.LimitReader(r, most+1))
 	if err != nil {
 		return nil, unreadable(name, err)
 	}
