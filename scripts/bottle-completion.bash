@@ -40,4 +40,4 @@ _bottle() {
 	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
 }
 
-complete -o default -F _bottle bottle bottle-plan bottle-egress bottle-pack bottle-vm bottle-gc
+complete -o default -F _bottle bottle bottle-plan bottle-egress bottle-pack bottle-vm bottle-gc bottle-probe

@@ -35,6 +35,7 @@ var untested = map[string]string{
 	"watch_failed":       "reading from inotify fails",
 	// The moment is too short to hit on purpose.
 	"image_changed": "an image changes while it is read",
+	"lab_failed":    "the laboratory's own process dies",
 	"keeper_failed": "bottle-keeper cannot be started though it is there",
 	"keeper_gone":   "the keeper dies between two lines of its answer",
 	"gate_failed":   "the gate cannot be started though it is there",
@@ -48,6 +49,7 @@ var untested = map[string]string{
 	"run_dir_long":       "the registry gives runtime folders that are short enough",
 	// Hosts that this one is not.
 	"no_inotify":         "a kernel without inotify",
+	"no_lab_folder":      "a host whose temporary folder is full",
 	"no_mount_namespace": "a host that forbids mount namespaces to root",
 	"no_proc":            "a host without /proc",
 	"no_self":            "a host without /proc/self/exe",

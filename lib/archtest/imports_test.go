@@ -71,6 +71,7 @@ var runners = map[string]string{
 	"lib/gateproc":             "bottle-egress, as a bottle's gate",
 	"lib/keeper":               "bottle-keeper",
 	"lib/pipelock":             "pipelock",
+	"lib/probe":                "the sandbox under test, the host's git over what it left, and bottle-probe in its roles",
 	"lib/runsc":                "runsc",
 	"lib/secret":               "the command: sources of a manifest",
 	"lib/sign":                 "ssh-keygen",

@@ -26,6 +26,7 @@ import (
 	gc "github.com/bottle-tools/bottle/cmd/bottle-gc/cli"
 	pack "github.com/bottle-tools/bottle/cmd/bottle-pack/cli"
 	planner "github.com/bottle-tools/bottle/cmd/bottle-plan/cli"
+	prober "github.com/bottle-tools/bottle/cmd/bottle-probe/cli"
 	vm "github.com/bottle-tools/bottle/cmd/bottle-vm/cli"
 	"github.com/bottle-tools/bottle/lib/tool"
 )
@@ -36,6 +37,7 @@ var bodies = map[string]func(context.Context, *tool.Proc) int{
 	"bottle-pack":   pack.Run,
 	"bottle-vm":     vm.Run,
 	"bottle-gc":     gc.Run,
+	"bottle-probe":  prober.Run,
 }
 
 // commands that a line may start with, beside the tools and the scripts in
