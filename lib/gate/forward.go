@@ -169,12 +169,17 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 	} else if g.leavesByProxy(t.Rule) {
 		x.tr = g.proxied
 	}
+	var replaced map[string]bool
 	if x.injector != nil {
-		if f := x.injector.check(t.host, t.port); f != nil {
-			g.deny(f, e)
-			f.write(w, r.ContentLength != 0)
-			return
-		}
+		f, replaced = x.injector.check(t.host, t.port), x.injector.remove
+	}
+	if f == nil {
+		f = g.misplaced(r, t, replaced)
+	}
+	if f != nil {
+		g.deny(f, e)
+		f.write(w, r.ContentLength != 0)
+		return
 	}
 	r = x.prepare(r, t)
 	if !g.allow(e) {
@@ -352,9 +357,9 @@ func (x *exchange) answer(r *http.Request) *http.Response {
 	x.body = &body{ReadCloser: resp.Body, resp: resp, flush: x.flush}
 	if x.injector != nil {
 		// The names of trailers are announced in the head.
-		names := x.injector.mask.header(resp.Trailer)
-		x.body.masked = x.injector.mask.header(resp.Header) || names
-		x.body.mask = &maskReader{src: resp.Body, m: x.injector.mask}
+		names := x.injector.mask.maskHeader(resp.Trailer)
+		x.body.masked = x.injector.mask.maskHeader(resp.Header) || names
+		x.body.mask = newMaskReader(resp.Body, x.injector.mask)
 	}
 	resp.Body = x.body
 	x.event.Status = resp.StatusCode
@@ -495,7 +500,7 @@ func (b *body) Read(p []byte) (n int, err error) {
 	}
 	b.n += int64(n)
 	if err == io.EOF && b.mask != nil {
-		b.masked = b.mask.m.header(b.resp.Trailer) || b.masked
+		b.masked = b.mask.scan.maskHeader(b.resp.Trailer) || b.masked
 	}
 	return n, err
 }

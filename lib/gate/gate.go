@@ -110,7 +110,8 @@ type Gate struct {
 	flows   flowList
 	clock   func() live.Instant
 	inject  map[string]*injector // by host
-	tls     *tls.Config          // towards the guest
+	holders []placeholder
+	tls     *tls.Config // towards the guest
 	forward *goproxy.ProxyHttpServer
 	direct  *http.Transport // dials itself
 	proxied *http.Transport // plain HTTP through Upstream
@@ -177,6 +178,7 @@ func New(cfg Config) (*Gate, error) {
 	if g.inject, err = injectors(cfg.Bottle.Secrets, cfg.Secrets); err != nil {
 		return nil, err
 	}
+	g.holders = placeholders(cfg.Bottle)
 	for _, h := range InspectedHosts(cfg.Bottle) {
 		if cfg.CA == nil || !cfg.CA.Covers(h) && !cfg.CA.Covers("x"+h[1:]) {
 			return nil, fault.New(fault.Bug, "gate_without_ca", "%s is inspected and the gate's CA does not cover it", h)

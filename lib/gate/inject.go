@@ -23,7 +23,7 @@ const minSecret = 4
 type injector struct {
 	secrets []*secret
 	remove  map[string]bool // spellings whose client copies go
-	mask    *masker
+	mask    *finder         // for answers
 }
 
 // secret is one value and the headers of this host that may carry it.
@@ -95,7 +95,7 @@ func (in *injector) prepare() {
 			}
 		}
 	}
-	in.mask = newMasker(values)
+	in.mask = newFinder(values)
 }
 
 // check tells why the host cannot be served, if a value is missing.

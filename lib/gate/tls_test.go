@@ -571,7 +571,7 @@ func TestReflection(t *testing.T) {
 }
 
 func TestMasker(t *testing.T) {
-	m := newMasker([]string{`va"lue/with+odd`, "abcabcabd"})
+	m := newFinder([]string{`va"lue/with+odd`, "abcabcabd"})
 	for in, want := range map[string]string{
 		`{"k":"va\"lue/with+odd"}`:  `{"k":"` + strings.Repeat("*", 16) + `"}`,
 		`k=va%22lue%2Fwith%2Bodd&x`: `k=` + strings.Repeat("*", 21) + `&x`,
@@ -582,14 +582,14 @@ func TestMasker(t *testing.T) {
 		"abcabcabdabcabcabd":        strings.Repeat("*", 18),
 	} {
 		for step := 1; step <= len(in)+1; step++ {
-			r := &maskReader{m: m, src: &stepReader{s: in, step: step}}
+			r := newMaskReader(&stepReader{s: in, step: step}, m)
 			got, err := io.ReadAll(r)
 			if err != nil || string(got) != want {
 				t.Errorf("%q by %d: %q %v", in, step, got, err)
 			}
 		}
 	}
-	if newMasker([]string{"", "abc"}) != nil {
+	if newFinder([]string{"", "abc"}) != nil {
 		t.Error("looks for nothing")
 	}
 }
