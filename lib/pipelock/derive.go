@@ -28,7 +28,7 @@ func Derive(b *plan.Bottle) (*plan.Egress, error) {
 	}
 	e := &plan.Egress{
 		RulesSHA256: policy.RulesSHA256(rules),
-		Residual:    append(policy.Residual(b.Egress), residual(b.Egress)...),
+		Residual:    append(policy.Residual(b.Egress), append(policy.ResidualOfSecrets(b.Secrets), residual(b.Egress)...)...),
 	}
 	switch n := len(c.APIAllowlist); {
 	case n > MaxHosts && b.Egress.Proxy == "pipelock":

@@ -299,6 +299,19 @@ func TestDerive(t *testing.T) {
 			t.Errorf("residual lacks %q:\n%s", want, all)
 		}
 	}
+	limited := allow("q.example", "http", 80)
+	limited.Requests, limited.RequestsFrom = []string{"GET /a"}, "x"
+	withSecret := bottle(tls("a.example"), limited)
+	withSecret.Secrets = []plan.Secret{{Name: "K", Inject: []plan.Injection{{Host: "a.example", Header: "x-key"}}}}
+	if e, err = Derive(withSecret); err != nil || strings.Contains(e.Pipelock.YAML, "q.example") {
+		t.Fatalf("pipelock follows redirects past the requests of a rule: %v", err)
+	}
+	all = strings.Join(e.Residual, "\n")
+	for _, want := range []string{"q.example: requests are held", "a.example: answers are searched", "q.example: where the proxy is pipelock, these leave from the gate"} {
+		if !strings.Contains(all, want) {
+			t.Errorf("residual lacks %q:\n%s", want, all)
+		}
+	}
 	b.Egress.Proxy = "builtin"
 	if e, err = Derive(b); err != nil || strings.Contains(strings.Join(e.Residual, "\n"), "pipelock") {
 		t.Errorf("builtin: %v %q", err, e.Residual)

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -42,6 +43,8 @@ var blind = []struct {
 		"TLS is end to end: only the server name is seen; paths, bodies and the Host header inside are not"},
 	{func(r *plan.Rule) bool { return r.Protocol == "tls" && r.CIDR != "" },
 		"TLS is end to end and an address has no server name: nothing inside is seen, the Host header neither"},
+	{func(r *plan.Rule) bool { return len(r.Requests) > 0 },
+		"requests are held to method and path; queries and bodies take no part, nor does what a server reads in them, such as another method"},
 	{func(r *plan.Rule) bool { return r.Class == ClassWildcard },
 		"the labels below the wildcard are chosen by the guest and can carry data to whoever answers for that name"},
 	{func(r *plan.Rule) bool { return r.Protocol == "http" },
@@ -95,4 +98,22 @@ func some(hosts []string) string {
 		return fmt.Sprintf("%s and %d more", strings.Join(hosts[:residualNames], ", "), n)
 	}
 	return strings.Join(hosts, ", ")
+}
+
+// ResidualOfSecrets is the same about secrets: what the search of answers cannot
+// hold.
+func ResidualOfSecrets(secrets []plan.Secret) []string {
+	var hosts []string
+	for _, s := range secrets {
+		for _, in := range s.Inject {
+			if !slices.Contains(hosts, in.Host) {
+				hosts = append(hosts, in.Host)
+			}
+		}
+	}
+	if len(hosts) == 0 {
+		return nil
+	}
+	slices.Sort(hosts)
+	return []string{some(hosts) + ": answers are searched for the secret in its usual writings; a host that writes it in another way gives it to the guest"}
 }

@@ -54,6 +54,16 @@ func TestAnthropicPlaceholder(t *testing.T) {
 	t.Error("the placeholder is not among the approved keys")
 }
 
+func TestResidualOfSecrets(t *testing.T) {
+	secrets := []plan.Secret{{Name: "A", Inject: []plan.Injection{{Host: "b.example"}, {Host: "a.example"}}}, {Name: "B", Inject: []plan.Injection{{Host: "a.example"}}}}
+	if got := ResidualOfSecrets(secrets); len(got) != 1 || !strings.HasPrefix(got[0], "a.example, b.example: answers are searched") {
+		t.Errorf("%q", got)
+	}
+	if got := ResidualOfSecrets(nil); len(got) != 0 {
+		t.Errorf("%q", got)
+	}
+}
+
 func TestResidual(t *testing.T) {
 	p := plan.Policy{Rules: []plan.Rule{
 		rule(t, "a.example"), rule(t, "*.b.example"), rule(t, "http c.example@80"),
@@ -61,15 +71,16 @@ func TestResidual(t *testing.T) {
 	}}
 	inspected := rule(t, "f.example")
 	inspected.Inspect = true
-	p.Rules = append(p.Rules, inspected)
+	limited := *requestRule(t, "GET /a")
+	p.Rules = append(p.Rules, inspected, limited)
 	got := Residual(p)
-	for i, want := range []string{"a.example, *.b.example: TLS", "*.b.example: the labels", "c.example: plain HTTP", "d.example: SSH", "10.0.0.1/32: raw TCP", "10.0.0.1/32: reaches"} {
+	for i, want := range []string{"a.example, *.b.example: TLS", "api.example.com: requests are held", "*.b.example: the labels", "c.example: plain HTTP", "d.example: SSH", "10.0.0.1/32: raw TCP", "10.0.0.1/32: reaches"} {
 		if i >= len(got) || !strings.HasPrefix(got[i], want) {
 			t.Errorf("residual[%d] of %q does not start with %q", i, got, want)
 		}
 	}
 	all := strings.Join(got, "\n")
-	if len(got) != 6 || strings.Contains(all, "e.example:") || strings.Contains(all, "f.example") {
+	if len(got) != 7 || strings.Contains(all, "e.example:") || strings.Contains(all, "f.example") {
 		t.Errorf("residual: %s", all)
 	}
 	if r := Residual(plan.Policy{Rules: []plan.Rule{inspected}}); r == nil || len(r) != 0 {
