@@ -29,7 +29,7 @@ import (
 
 // Times of a keeper.
 const (
-	startLimit  = 3 * time.Minute // a guest on a slow machine is waited for
+	startLimit  = 10 * time.Minute // a guest on a slow machine is waited for
 	gateGrace   = 200 * time.Millisecond
 	caLife      = 30 * 24 * time.Hour
 	ownerPeriod = 500 * time.Millisecond // where a pidfd of the owner cannot be had
