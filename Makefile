@@ -54,6 +54,15 @@ fuzz: ## each fuzz target for a minute
 lint: ## gofmt, vet for linux and darwin, shellcheck
 	scripts/lint
 
+.PHONY: smolvm
+smolvm: tools ## install smolvm, two pinned versions, into your data folder
+	$(BIN)/bottle-vm doctor --install smolvm@1.9.1 >/dev/null || [ $$? -eq 78 ]
+	$(BIN)/bottle-vm doctor --install smolvm || [ $$? -eq 78 ]
+
+.PHONY: rig
+rig: ## a machine in which smolvm boots, where KVM does not work; needs root or user namespaces
+	scripts/rig build
+
 .PHONY: up
 up: build ## start the bottle of AGENT=name
 	scripts/bottle start $(AGENT)

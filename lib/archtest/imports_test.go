@@ -76,10 +76,10 @@ var runners = map[string]string{
 	"lib/secret":               "the command: sources of a manifest",
 	"lib/sign":                 "ssh-keygen",
 	"lib/smolvm":               "smolvm",
+	"lib/smolvm/wheel":         "pip, to fetch smolvm",
 	"lib/worktree":             "git, for diff",
 	// for tests
 	"lib/pipelock/pipelocktest": "the test itself, in namespaces",
-	"lib/smolvm/smolvmtest":     "pip, for the real smolvm",
 }
 
 // formats are third-party libraries of which one package makes use.

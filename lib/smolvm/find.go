@@ -26,7 +26,7 @@ func Find(getenv func(string) string) (string, error) {
 	if p := lookPath(getenv("PATH")); p != "" {
 		return p, nil
 	}
-	if p := installed(dataHome(getenv)); p != "" {
+	if p := installed(InstallDir(getenv)); p != "" {
 		return p, nil
 	}
 	return "", missing("neither in BOTTLE_SMOLVM nor on PATH nor below the bottle tools' data folder")
@@ -72,6 +72,16 @@ func executable(p string) error {
 	return nil
 }
 
+// InstallDir is where Find looks for smolvms that were installed for the bottle
+// tools, one folder a version; "" without a home.
+func InstallDir(getenv func(string) string) string {
+	data := dataHome(getenv)
+	if data == "" {
+		return ""
+	}
+	return filepath.Join(data, "bottle", "smolvm")
+}
+
 func dataHome(getenv func(string) string) string {
 	if d := getenv("XDG_DATA_HOME"); filepath.IsAbs(d) {
 		return d
@@ -82,12 +92,11 @@ func dataHome(getenv func(string) string) string {
 	return ""
 }
 
-// installed gives the newest smolvm below data/bottle/smolvm, or "".
-func installed(data string) string {
-	if data == "" {
+// installed gives the newest smolvm below root, or "".
+func installed(root string) string {
+	if root == "" {
 		return ""
 	}
-	root := filepath.Join(data, "bottle", "smolvm")
 	entries, err := os.ReadDir(root)
 	if err != nil {
 		return ""

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"strings"
 	"time"
@@ -9,6 +10,8 @@ import (
 	"github.com/bottle-tools/bottle/lib/engines"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/pipelock"
+	"github.com/bottle-tools/bottle/lib/smolvm"
+	"github.com/bottle-tools/bottle/lib/smolvm/wheel"
 	"github.com/bottle-tools/bottle/lib/tool"
 	"github.com/bottle-tools/bottle/lib/worktree"
 )
@@ -25,23 +28,58 @@ type finding struct {
 
 func (v *vm) doctorCommand() *tool.Command {
 	var limit tool.Duration = tool.Duration(2 * time.Minute)
+	var install string
 	fs := v.p.Flags("bottle-vm doctor")
 	fs.Var(&limit, "timeout", "give each check at most `D`")
+	fs.StringVar(&install, "install", "", "first install `PROGRAM`[@VERSION]: smolvm@"+strings.Join(wheel.Versions(), ", smolvm@"))
 	return &tool.Command{
 		Name:       "doctor",
-		ShortUsage: "bottle-vm doctor [--timeout D]",
+		ShortUsage: "bottle-vm doctor [--timeout D] [--install smolvm[@VERSION]]",
 		ShortHelp:  "what works on this host, proved by doing it; one JSON object a line",
 		LongHelp: `
 An engine counts as working when it has booted a guest and run a command in it:
-/dev/kvm that opens proves nothing. Exits 78 when no engine works.`,
+/dev/kvm that opens proves nothing. Exits 78 when no engine works.
+
+--install smolvm fetches the Python package smolmachines with pip, checks it
+against the digest that is pinned in this program, and puts smolvm into your
+data folder, where all tools find it. Several versions can stand side by side;
+the newest is used.`,
 		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
 			if err := tool.NoArgs(args); err != nil {
 				return err
 			}
+			if err := v.install(ctx, install); err != nil {
+				return err
+			}
 			return v.doctor(ctx, time.Duration(limit))
 		},
 	}
+}
+
+// install puts a program where the tools find it.
+func (v *vm) install(ctx context.Context, what string) error {
+	if what == "" {
+		return nil
+	}
+	program, version, ok := strings.Cut(what, "@")
+	if !ok {
+		version = wheel.Newest
+	}
+	if program != "smolvm" {
+		return fault.New(fault.Usage, "usage", "--install %s: only smolvm can be installed", program).
+			WithHint("gVisor comes with the tools; pipelock has to be on PATH, or in BOTTLE_PIPELOCK")
+	}
+	dir := smolvm.InstallDir(v.p.Getenv)
+	if dir == "" {
+		return fault.New(fault.Usage, "usage", "--install needs a home: neither XDG_DATA_HOME nor HOME is set")
+	}
+	path, err := wheel.Install(ctx, dir, version)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(v.p.Stderr, "bottle-vm: smolvm %s is %s\n", version, path)
+	return err
 }
 
 func (v *vm) doctor(ctx context.Context, limit time.Duration) error {
