@@ -155,8 +155,16 @@ func TestEgress(t *testing.T) {
 		}
 		checkDenied(t, w, id, u)
 		checkSecrets(t, w, id, u)
-		if code, _, _ := get(w, id, "allowed.test", u.port, "/x", "--cacert", "/workspace/upstream.crt", "--noproxy", "*"); code == 0 {
-			t.Error("a way round the proxy")
+		// A client without a proxy comes to the gate by the guest's own names, and
+		// to nothing else: neither by another name nor by the address.
+		if code, status, _ := get(w, id, "allowed.test", u.port, "/x", "--cacert", "/workspace/upstream.crt", "--noproxy", "*"); code != 0 || status != "200 000" {
+			t.Errorf("without a proxy: %d %s", code, status)
+		}
+		if code, _, _ := get(w, id, "denied.test", u.port, "/x", "-k", "--noproxy", "*"); code != 6 { // curl(1): couldn't resolve host
+			t.Errorf("a denied name without a proxy: %d", code)
+		}
+		if code, _, _ := get(w, id, "127.0.0.1", u.port, "/x", "-k", "--noproxy", "*"); code != 7 { // curl(1): failed to connect
+			t.Errorf("the upstream's own address: %d", code)
 		}
 		r := w.Exec(id, "cat /proc/net/dev /proc/net/route; ls /sys/class/net 2>&1")
 		if contains(r.Out, "eth") {
