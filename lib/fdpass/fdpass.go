@@ -66,6 +66,14 @@ func Stream() (a, b *os.File, err error) {
 	return os.NewFile(uintptr(fds[0]), "stream"), os.NewFile(uintptr(fds[1]), "stream"), nil
 }
 
+// SetSendBuffer lets f, a socket, hold n bytes that its peer has not read, or as
+// many as the system lets the caller ask for.
+func SetSendBuffer(f *os.File, n int) {
+	if raw, err := f.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { setSendBuffer(int(fd), n) })
+	}
+}
+
 // New takes over f, a connected SOCK_SEQPACKET unix socket, and closes it.
 func New(f *os.File) (*Conn, error) {
 	defer f.Close()

@@ -19,3 +19,5 @@ func socketpair(kind int) ([2]int, error) {
 	}
 	return fds, err
 }
+
+func setSendBuffer(fd, n int) { _ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, n) }

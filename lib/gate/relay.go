@@ -168,8 +168,23 @@ func (r *relaying) hangsUp(guest net.Conn) (closed bool) {
 // cost no memory.
 var buffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 
+// errNoSplice: these bytes have to be copied.
+var errNoSplice = errors.New("nothing can be spliced here")
+
 func (r *relaying) copy(dst, src net.Conn) (total int64, err error) {
-	read := reader(src)
+	read, move := reader(src), splicer(dst, src)
+	if ahead, ok := src.(*replayed); ok && len(ahead.ahead) > 0 {
+		n, err := dst.Write(ahead.ahead)
+		total, ahead.ahead = int64(n), nil
+		if err != nil {
+			return total, err
+		}
+		r.touch()
+	}
+	if move == nil {
+		move = func() (int, error) { return 0, errNoSplice }
+	}
+	wide := false
 	var armed time.Time
 	for {
 		if now := time.Now(); now.Sub(armed) > r.limit()/16 {
@@ -177,17 +192,17 @@ func (r *relaying) copy(dst, src net.Conn) (total int64, err error) {
 			_ = src.SetReadDeadline(now.Add(r.limit()))
 			_ = dst.SetWriteDeadline(now.Add(r.limit()))
 		}
-		buf, n, err := read()
+		n, err := move()
+		if err == errNoSplice {
+			n, err = copyOnce(dst, read)
+		}
 		if n > 0 {
 			r.touch()
-			n, werr := dst.Write(buf[:n])
 			total += int64(n)
-			if werr != nil {
-				err = werr
+			if total >= bulkAfter && !wide {
+				wide = true
+				defer widen(dst)()
 			}
-		}
-		if buf != nil {
-			buffers.Put(buf)
 		}
 		switch {
 		case err == io.EOF:
@@ -198,6 +213,51 @@ func (r *relaying) copy(dst, src net.Conn) (total int64, err error) {
 			return total, err
 		}
 	}
+}
+
+// A guest that does not read holds memory of the host, so its connections get
+// room for much only once much has come, and only so many at one time.
+const (
+	bulkAfter  = 1 << 20
+	bulkBuffer = 512 << 10
+	maxBulk    = 64
+)
+
+var bulkSlots = make(chan struct{}, maxBulk)
+
+// widen gives a guest's connection more room for what it has not read yet, as
+// long as it is copied to, which the result ends. Towards hosts TCP sees to it.
+func widen(dst net.Conn) func() {
+	r, ok := dst.(*replayed)
+	if !ok {
+		return func() {}
+	}
+	c, ok := r.Conn.(*net.UnixConn)
+	if !ok {
+		return func() {}
+	}
+	select {
+	case bulkSlots <- struct{}{}:
+		_ = c.SetWriteBuffer(bulkBuffer)
+		return func() { <-bulkSlots }
+	default:
+		return func() {}
+	}
+}
+
+// copyOnce is one read and its write. n are the bytes that dst took.
+func copyOnce(dst net.Conn, read func() (*[64 << 10]byte, int, error)) (n int, err error) {
+	buf, got, err := read()
+	if buf != nil {
+		defer buffers.Put(buf)
+	}
+	if got > 0 {
+		var werr error
+		if n, werr = dst.Write(buf[:got]); werr != nil {
+			err = werr
+		}
+	}
+	return n, err
 }
 
 // reader gives a function that waits for bytes before it takes a buffer.

@@ -9,6 +9,9 @@ import (
 	"github.com/bottle-tools/bottle/lib/fdpass"
 )
 
+// streamBuffer is for what a guest sends over one connection, in bytes.
+const streamBuffer = 512 << 10
+
 // Broker is the host's end of the protocol; the keeper runs one per bottle.
 //
 // Requests are served one after the other, so there is never more than one in
@@ -82,6 +85,9 @@ func (b *Broker) dial(p packet) error {
 	if err != nil {
 		return b.refuse(p.ID, "the host is out of descriptors")
 	}
+	// The guest's kernel reads and writes as much at once as this says when it gets
+	// the descriptor. What the guest leaves in it is its own memory.
+	fdpass.SetSendBuffer(far, streamBuffer)
 	err = b.Conn.Send(packet{Kind: kindConn, ID: p.ID}.encode(), far)
 	far.Close()
 	if err != nil {

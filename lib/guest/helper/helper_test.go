@@ -83,7 +83,7 @@ func TestRelayHalfClose(t *testing.T) {
 		all, _ := io.ReadAll(c) // ends only when the client's half does
 		fmt.Fprintf(c, "%d bytes", len(all))
 	}))
-	for _, size := range []int{0, 1, bufSize, 3*bufSize + 1, 5 << 20} {
+	for _, size := range []int{0, 1, bufSize, 3*bufSize + 1, bufSize + bulkSize, 5 << 20} {
 		c := dialTCP(t, addr)
 		if _, err := c.Write(make([]byte, size)); err != nil {
 			t.Fatal(err)
@@ -93,6 +93,34 @@ func TestRelayHalfClose(t *testing.T) {
 		if err != nil || string(got) != fmt.Sprintf("%d bytes", size) {
 			t.Errorf("%d sent: %q, %v", size, got, err)
 		}
+	}
+}
+
+// Connections that move much have large buffers, which are few, and the others
+// wait for none of them.
+func TestRelayBulk(t *testing.T) {
+	const size = 8 << 20
+	release := make(chan struct{})
+	addr, _ := serve(t, upstreams(func(c net.Conn) {
+		defer c.Close()
+		n, _ := io.Copy(io.Discard, io.LimitReader(c, 1))
+		<-release
+		c.Write(bytes.Repeat([]byte{byte(n)}, size))
+	}))
+	conns := make([]*net.TCPConn, maxBulk+20)
+	for i := range conns {
+		conns[i] = dialTCP(t, addr)
+		conns[i].Write([]byte("x"))
+	}
+	close(release)
+	time.Sleep(100 * time.Millisecond) // none reads, and buffers stay full
+	for i, c := range conns {
+		if n, err := io.Copy(io.Discard, c); n != size || err != nil {
+			t.Fatalf("connection %d: %d bytes, %v", i, n, err)
+		}
+	}
+	if len(bulkSlots) != 0 {
+		t.Errorf("%d large buffers are not given back", len(bulkSlots))
 	}
 }
 

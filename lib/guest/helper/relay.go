@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +27,10 @@ const (
 	// bufSize is what one direction of a busy connection uses; an idle one
 	// uses none.
 	bufSize = 64 << 10
+	// bulkSize is what those use that move a lot, as far as there are no more
+	// than maxBulk: a system call of a guest is dear.
+	bulkSize = 512 << 10
+	maxBulk  = 32
 	// dialTimeout bounds the wait for the host.
 	dialTimeout = 30 * time.Second
 )
@@ -162,41 +168,80 @@ func splice(a, b stream) {
 	wg.Wait()
 }
 
-var buffers = sync.Pool{New: func() any { b := make([]byte, bufSize); return &b }}
+var (
+	buffers     = sync.Pool{New: func() any { b := make([]byte, bufSize); return &b }}
+	bulkBuffers = sync.Pool{New: func() any { b := make([]byte, bulkSize); return &b }}
+	bulkSlots   = make(chan struct{}, maxBulk)
+)
+
+// takeBuffer gives a large buffer if one is asked for and to be had.
+func takeBuffer(bulk bool) *[]byte {
+	if bulk {
+		select {
+		case bulkSlots <- struct{}{}:
+			return bulkBuffers.Get().(*[]byte)
+		default:
+		}
+	}
+	return buffers.Get().(*[]byte)
+}
+
+func giveBuffer(b *[]byte) {
+	if len(*b) == bulkSize {
+		bulkBuffers.Put(b)
+		<-bulkSlots
+		return
+	}
+	buffers.Put(b)
+}
 
 // pump copies src to dst. It holds a buffer only while there is something to
 // copy, so that thousands of idle connections cost little.
 func pump(dst, src stream) error {
-	for {
-		if err := waitReadable(src); err != nil {
-			return err
-		}
-		again, err := drain(dst, src)
-		if err != nil || !again {
+	raw, err := src.SyscallConn()
+	if err != nil {
+		return err
+	}
+	for n := 0; ; {
+		n, err = pass(dst, raw, n >= bufSize)
+		if n == 0 || err != nil {
 			return err
 		}
 	}
 }
 
-// drain copies as long as reads come back full; again is false at end of file.
-func drain(dst, src stream) (again bool, err error) {
-	buf := buffers.Get().(*[]byte)
-	defer buffers.Put(buf)
+// pass waits for bytes and copies what there is, up to a buffer; 0 at end of
+// file.
+func pass(dst net.Conn, src syscall.RawConn, bulk bool) (n int, err error) {
+	var buf *[]byte
+	waited := src.Read(func(fd uintptr) bool {
+		buf = takeBuffer(bulk)
+		if n, err = read(int(fd), *buf); err != unix.EAGAIN {
+			return true
+		}
+		giveBuffer(buf)
+		buf = nil
+		return false
+	})
+	if buf != nil {
+		defer giveBuffer(buf)
+	}
+	switch {
+	case waited != nil:
+		return 0, waited
+	case err != nil:
+		return 0, os.NewSyscallError("read", err)
+	case n > 0:
+		_, err = dst.Write((*buf)[:n])
+	}
+	return n, err
+}
+
+func read(fd int, p []byte) (int, error) {
 	for {
-		n, err := src.Read(*buf)
-		if n > 0 {
-			if _, werr := dst.Write((*buf)[:n]); werr != nil {
-				return false, werr
-			}
-		}
-		if err == io.EOF {
-			return false, nil
-		}
-		if err != nil {
-			return false, err
-		}
-		if n < len(*buf) {
-			return true, nil
+		n, err := unix.Read(fd, p)
+		if err != unix.EINTR {
+			return n, err
 		}
 	}
 }
@@ -211,18 +256,6 @@ func peek(fd uintptr) (int, error) {
 			return n, err
 		}
 	}
-}
-
-// waitReadable blocks until a read would not.
-func waitReadable(c syscallConn) error {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return err
-	}
-	return raw.Read(func(fd uintptr) bool {
-		_, err := peek(fd)
-		return err != unix.EAGAIN
-	})
 }
 
 // alive tells whether the far side of an idle connection is still there.
