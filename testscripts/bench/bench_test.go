@@ -43,6 +43,8 @@ func TestVerdicts(t *testing.T) {
 	}{
 		{"at the limit", ten, nil, medianAtMost("", 10), met},
 		{"over it", thirty, nil, medianAtMost("", 29), missed},
+		{"at least", thirty, nil, medianAtLeast("", 30), met},
+		{"less", ten, nil, medianAtLeast("", 11), missed},
 		{"adds", thirty, ten, addsAtMost("", 20), met},
 		{"adds too much", thirty, ten, addsAtMost("", 19), missed},
 		{"ratio", ten, thirty, ratioAtMost("", 0.5), met},

@@ -42,6 +42,7 @@ var sections = []section{
 	{"fleet", (*bench).fleetOf},
 	{"allowlist", (*bench).allowlist},
 	{"gate", (*bench).gates},
+	{"bulk", (*bench).bulk},
 }
 
 // stages takes the pipeline apart, one after the other, with each stage's

@@ -41,6 +41,8 @@ type options struct {
 	only              *regexp.Regexp
 	rounds, fleet     int
 	ownNetwork        bool // this is the process that gates starts in namespaces
+	bulk              string
+	address           string // of the one that bulk starts in a bottle
 }
 
 func parse(args []string, stderr io.Writer) (*options, error) {
@@ -55,8 +57,13 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	fs.IntVar(&o.rounds, "rounds", 12, "rounds of each comparison; fewer than 10 are no median")
 	fs.IntVar(&o.fleet, "fleet", 20, "bottles that are started at once")
 	fs.BoolVar(&o.ownNetwork, "own-network", false, "for the bench itself: the rows that need a network of their own")
+	fs.StringVar(&o.bulk, "bulk", "", "for the bench itself: get, put or http, from the `ADDRESS` that follows")
 	if err := fs.Parse(args); err != nil {
 		return nil, err
+	}
+	if o.bulk != "" {
+		o.address = fs.Arg(0)
+		return &o, nil
 	}
 	if fs.NArg() > 0 {
 		return nil, fmt.Errorf("unexpected argument %q", fs.Arg(0))
@@ -96,6 +103,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (code int
 	}
 	if err != nil {
 		return 64, err
+	}
+	if o.bulk != "" {
+		mbs, err := moveBulk(o.bulk, o.address)
+		if err != nil {
+			return 1, err
+		}
+		fmt.Fprintf(stdout, "%.1f\n", mbs)
+		return 0, nil
 	}
 	lines, people := io.Discard, stdout
 	switch o.json {

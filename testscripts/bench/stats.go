@@ -80,23 +80,28 @@ type row struct {
 	Why     string  `json:"why,omitempty"`
 }
 
-// limit is a target: value of the row at most Most.
+// limit is a target: value of the row at most bound, or at least.
 type limit struct {
-	text  string
-	most  float64
-	value func(ours, beside *stat) float64
+	text    string
+	bound   float64
+	value   func(ours, beside *stat) float64
+	atLeast bool
 }
 
 func medianAtMost(text string, most float64) *limit {
-	return &limit{text, most, func(o, _ *stat) float64 { return o.Median }}
+	return &limit{text, most, func(o, _ *stat) float64 { return o.Median }, false}
+}
+
+func medianAtLeast(text string, least float64) *limit {
+	return &limit{text, least, func(o, _ *stat) float64 { return o.Median }, true}
 }
 
 func addsAtMost(text string, most float64) *limit {
-	return &limit{text, most, func(o, b *stat) float64 { return o.Median - b.Median }}
+	return &limit{text, most, func(o, b *stat) float64 { return o.Median - b.Median }, false}
 }
 
 func ratioAtMost(text string, most float64) *limit {
-	return &limit{text, most, func(o, b *stat) float64 { return o.Median / b.Median }}
+	return &limit{text, most, func(o, b *stat) float64 { return o.Median / b.Median }, false}
 }
 
 // newRow judges a sample. beside may be empty.
@@ -115,9 +120,11 @@ func newRow(name, unit string, ours []float64, against string, beside []float64,
 	}
 	got := l.value(r.Ours, r.Beside)
 	r.Verdict = met
-	if got > l.most {
-		r.Verdict = missed
-		r.Why = fmt.Sprintf("%s, wanted at most %s", short(got), short(l.most))
+	switch {
+	case l.atLeast && got < l.bound:
+		r.Verdict, r.Why = missed, fmt.Sprintf("%s, wanted at least %s", short(got), short(l.bound))
+	case !l.atLeast && got > l.bound:
+		r.Verdict, r.Why = missed, fmt.Sprintf("%s, wanted at most %s", short(got), short(l.bound))
 	}
 	return r
 }
