@@ -1,0 +1,358 @@
+package gate
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/bottle-tools/bottle/lib/audit"
+	"github.com/bottle-tools/bottle/lib/plan"
+)
+
+// inUse is the memory of the process that holds something: heap and stacks.
+func inUse() uint64 {
+	s := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/heap/stacks:bytes"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64() + s[1].Value.Uint64()
+}
+
+// growth is by how much do makes it grow at most. Garbage counts, as it does for
+// the machine that has to hold it.
+func growth(do func()) uint64 {
+	debug.FreeOSMemory()
+	before, most := inUse(), uint64(0)
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			most = max(most, inUse())
+			select {
+			case <-stop:
+				return
+			case <-time.After(2 * time.Millisecond):
+			}
+		}
+	}()
+	do()
+	close(stop)
+	<-done
+	return most - min(most, before)
+}
+
+// unleaked notes what the process holds, and gives a check that it is no more.
+func unleaked(t *testing.T) func() {
+	t.Helper()
+	fds := func() int {
+		entries, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			return 0 // not Linux
+		}
+		return len(entries)
+	}
+	http.DefaultClient.CloseIdleConnections()
+	goroutines, files := runtime.NumGoroutine(), fds()
+	return func() {
+		t.Helper()
+		for range 500 {
+			if runtime.NumGoroutine() <= goroutines+5 && fds() <= files+5 {
+				return
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		stacks := make([]byte, 1<<20)
+		t.Errorf("%d goroutines, %d before; %d descriptors, %d before\n%.20000s", runtime.NumGoroutine(), goroutines, fds(), files,
+			stacks[:runtime.Stack(stacks, true)])
+	}
+}
+
+// abuse is a gate in front of hosts of every bad kind, with short limits.
+type abuse struct {
+	*rig
+	port map[string]int
+	said *bytes.Buffer
+}
+
+// hang is a resolver and a network where nobody answers.
+type hang struct{}
+
+func (hang) LookupNetIP(ctx context.Context, _, _ string) ([]netip.Addr, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+func startAbuse(t *testing.T) *abuse {
+	a := &abuse{port: map[string]int{}, said: &bytes.Buffer{}}
+	hold := func() { time.Sleep(2 * time.Second) } // longer than the gate has patience
+	web := startOrigin(t, false, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		io.WriteString(w, "ok")
+	}))
+	rules := []plan.Rule{pin(allowHost("web.test", "http", web.port), "127.0.0.1"), allowHost("nowhere.test", "tls", 443),
+		pin(allowHost("silent-net.test", "tls", 443), "93.184.216.34")}
+	a.port["web.test"], a.port["nowhere.test"], a.port["silent-net.test"] = web.port, 443, 443
+	for _, h := range []struct {
+		name, protocol string
+		serve          func(c *net.TCPConn)
+	}{
+		{"holds.test", "tcp", func(c *net.TCPConn) { io.Copy(io.Discard, c); hold() }},
+		{"silent.test", "tls", func(c *net.TCPConn) { io.Copy(io.Discard, c); hold() }},
+		{"resets.test", "tls", func(c *net.TCPConn) { c.Read(make([]byte, 1)); c.SetLinger(0) }},
+		{"resets-body.test", "http", func(c *net.TCPConn) {
+			c.Read(make([]byte, 1000))
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
+			time.Sleep(10 * time.Millisecond)
+			c.SetLinger(0)
+		}},
+		{"resets-chunks.test", "http", func(c *net.TCPConn) {
+			c.Read(make([]byte, 1000))
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nhalf")
+			time.Sleep(10 * time.Millisecond)
+			c.SetLinger(0)
+		}},
+		{"silent-web.test", "http", func(c *net.TCPConn) { io.Copy(io.Discard, c); hold() }},
+	} {
+		a.port[h.name] = serveTCP(t, h.serve)
+		rules = append(rules, pin(allowHost(h.name, h.protocol, a.port[h.name]), "127.0.0.1"))
+	}
+	l := defaultLimits
+	l.head, l.handshake, l.stall, l.halfOpen = 400*time.Millisecond, 400*time.Millisecond, 600*time.Millisecond, 600*time.Millisecond
+	l.resolve, l.dial, l.answer = 400*time.Millisecond, 400*time.Millisecond, 600*time.Millisecond
+	a.rig = start(t, rules, nil, func(c *Config) {
+		c.limits, c.Resolver, c.Log = &l, hang{}, a.said
+		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if strings.HasPrefix(address, "93.") {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			return new(net.Dialer).DialContext(ctx, network, address)
+		}
+	})
+	return a
+}
+
+func (a *abuse) at(host string) string { return hostPort(host, a.port[host]) }
+
+func (a *abuse) open(c net.Conn, host string) {
+	fmt.Fprintf(c, "CONNECT %s HTTP/1.1\r\n\r\n", a.at(host))
+}
+
+// drip sends s one byte at a time, for as long as somebody takes it.
+func drip(c net.Conn, s string) {
+	for i := range s {
+		if _, err := io.WriteString(c, s[i:i+1]); err != nil {
+			return
+		}
+		time.Sleep(25 * time.Millisecond)
+	}
+}
+
+// Whatever guests and hosts do, every connection ends, nothing is left of it, and
+// the gate serves the next one.
+func TestAbuse(t *testing.T) {
+	const each = 60
+	a := startAbuse(t)
+	hello := func(host string) string { return string(clientHello(t, &tls.Config{ServerName: host})) }
+	silent, resets, nowhere, quietNet := hello("silent.test"), hello("resets.test"), hello("nowhere.test"), hello("silent-net.test")
+	get := func(host string) string {
+		return fmt.Sprintf("GET http://%s/ HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", a.at(host), a.at(host))
+	}
+	post := fmt.Sprintf("POST http://%s/ HTTP/1.1\r\nHost: %s\r\nContent-Length: 100\r\n\r\n", a.at("web.test"), a.at("web.test"))
+	long := strings.Repeat("x-a: bcdefgh\r\n", 100)
+	for _, c := range []struct {
+		name string
+		do   func(c *net.UnixConn)
+		want string // in what the client gets, "" for anything
+	}{
+		{"half a head", func(c *net.UnixConn) { io.WriteString(c, "GET http://a/ HTTP/1.1\r\nHost") }, ""},
+		{"a head byte by byte", func(c *net.UnixConn) { drip(c, "GET http://a/ HTTP/1.1\r\n"+long) }, ""},
+		{"half a hello", func(c *net.UnixConn) { a.open(c, "silent.test"); io.WriteString(c, silent[:100]) }, "\x15\x03\x03"},
+		{"a hello byte by byte", func(c *net.UnixConn) { a.open(c, "silent.test"); drip(c, silent) }, "\x15\x03\x03"},
+		{"half a body", func(c *net.UnixConn) { io.WriteString(c, post+"half") }, ""},
+		{"a body byte by byte, and no more", func(c *net.UnixConn) { io.WriteString(c, post); drip(c, "half a body") }, ""},
+		{"half closed, and the host holds it", func(c *net.UnixConn) { a.open(c, "holds.test"); time.Sleep(100 * time.Millisecond); c.CloseWrite() }, ""},
+		{"gone at once", func(c *net.UnixConn) { a.open(c, "holds.test"); c.Close() }, ""},
+		{"gone in a lookup", func(c *net.UnixConn) { a.open(c, "nowhere.test"); time.Sleep(20 * time.Millisecond); c.Close() }, ""},
+		{"the host resets in the handshake", func(c *net.UnixConn) { a.open(c, "resets.test"); io.WriteString(c, resets) }, " 200 "},
+		{"the host says nothing in the handshake", func(c *net.UnixConn) { a.open(c, "silent.test"); io.WriteString(c, silent) }, " 200 "},
+		{"the host resets in a body", func(c *net.UnixConn) { io.WriteString(c, get("resets-body.test")) }, "half"},
+		{"the host resets in a chunk", func(c *net.UnixConn) { io.WriteString(c, get("resets-chunks.test")) }, "half"},
+		{"the host says nothing", func(c *net.UnixConn) { io.WriteString(c, get("silent-web.test")) }, "upstream_timeout"},
+		{"the name server says nothing", func(c *net.UnixConn) { a.open(c, "nowhere.test"); io.WriteString(c, nowhere) }, "upstream_timeout"},
+		{"the address says nothing", func(c *net.UnixConn) { a.open(c, "silent-net.test"); io.WriteString(c, quietNet) }, "upstream_timeout"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			whole := unleaked(t)
+			var wg sync.WaitGroup
+			for range each {
+				wg.Go(func() {
+					conn, err := net.Dial("unix", a.sock)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					defer conn.Close()
+					conn.SetDeadline(time.Now().Add(30 * time.Second))
+					var got []byte
+					read := make(chan error, 1)
+					go func() {
+						var err error
+						got, err = io.ReadAll(conn)
+						read <- err
+					}()
+					c.do(conn.(*net.UnixConn))
+					if err := <-read; errors.Is(err, os.ErrDeadlineExceeded) {
+						t.Errorf("the connection stays open; %q", got)
+					}
+					if !bytes.Contains(got, []byte(c.want)) {
+						t.Errorf("got %q, want %q", got, c.want)
+					}
+				})
+			}
+			wg.Wait()
+			a.settled()
+			if resp, _ := a.get("http://" + a.at("web.test") + "/"); resp.StatusCode != 200 {
+				t.Errorf("afterwards: %s", resp.Status)
+			}
+			a.gate.direct.CloseIdleConnections()
+			whole()
+		})
+	}
+	a.gate.Close()
+	<-a.done
+	a.done <- nil
+	if strings.Contains(a.said.String(), "panic") {
+		t.Errorf("%.2000s", a.said)
+	}
+	a.audit.Close()
+	if r, err := audit.Verify(a.log, ""); err != nil || r.Break != nil {
+		t.Errorf("%+v %v", r.Break, err)
+	}
+}
+
+// A thousand clients that fill what they may, and leave it at that, cost a
+// bounded amount of memory.
+func TestThousandHeadsInMemory(t *testing.T) {
+	const n, most = 1000, 400 << 20
+	a := startAbuse(t)
+	hello := clientHello(t, &tls.Config{ServerName: "silent.test"})
+	big := append(bytes.Clone(hello[:5]), 1, 0, 0x7f, 0xff) // a ClientHello of 32 KiB is to come
+	big[3], big[4] = 0x40, 0
+	big = append(big, bytes.Repeat([]byte{0}, 16<<10-10)...)
+	for name, send := range map[string]string{
+		"heads":  "GET http://a/ HTTP/1.1\r\nHost: a\r\nX: " + strings.Repeat("x", maxHead-100),
+		"hellos": fmt.Sprintf("CONNECT %s HTTP/1.1\r\n\r\n", a.at("silent.test")) + string(big),
+	} {
+		l := a.gate.limits
+		a.gate.limits.head, a.gate.limits.handshake = 20*time.Second, 20*time.Second
+		used := growth(func() {
+			var wg sync.WaitGroup
+			conns := make([]net.Conn, n)
+			for i := range conns {
+				conns[i], _ = net.Dial("unix", a.sock)
+				wg.Go(func() {
+					conns[i].SetDeadline(time.Now().Add(20 * time.Second))
+					io.WriteString(conns[i], send)
+				})
+			}
+			wg.Wait()
+			for range 1000 {
+				if a.gate.Stats().Conns == n {
+					break
+				}
+				time.Sleep(5 * time.Millisecond)
+			}
+			if c := a.gate.Stats().Conns; c != n {
+				t.Errorf("%s: %d connections", name, c)
+			}
+			time.Sleep(500 * time.Millisecond) // until all is read
+			for _, c := range conns {
+				c.Close()
+			}
+		})
+		a.settled()
+		a.gate.limits = l
+		t.Logf("%s: %d MiB more for %d connections", name, used>>20, n)
+		if used > most {
+			t.Errorf("%s: %d MiB more for %d connections", name, used>>20, n)
+		}
+	}
+}
+
+// A gigabyte is passed on, not gathered.
+func TestGigabyte(t *testing.T) {
+	const size, most = 1 << 30, 64 << 20
+	chunk := make([]byte, 1<<20)
+	pour := func(w io.Writer) {
+		for range size / len(chunk) {
+			if _, err := w.Write(chunk); err != nil {
+				return
+			}
+		}
+	}
+	port := serveTCP(t, func(c *net.TCPConn) {
+		b := make([]byte, 1)
+		io.ReadFull(c, b)
+		if b[0] == 'd' {
+			pour(c)
+			return
+		}
+		n, _ := io.Copy(io.Discard, c)
+		fmt.Fprint(c, n)
+	})
+	web := startOrigin(t, false, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", fmt.Sprint(size))
+		pour(w)
+	}))
+	g := start(t, []plan.Rule{tcpRule("tcp.test", port), pin(allowHost("web.test", "http", web.port), "127.0.0.1")}, nil, nil)
+	at := hostPort("web.test", web.port)
+	for name, do := range map[string]func(c *net.UnixConn) int64{
+		"tunnel down": func(c *net.UnixConn) int64 {
+			fmt.Fprintf(c, "CONNECT %s HTTP/1.1\r\n\r\nd", hostPort("tcp.test", port))
+			io.CopyN(io.Discard, c, int64(len(established)))
+			n, _ := io.Copy(io.Discard, c)
+			return n
+		},
+		"tunnel up": func(c *net.UnixConn) (n int64) {
+			fmt.Fprintf(c, "CONNECT %s HTTP/1.1\r\n\r\nu", hostPort("tcp.test", port))
+			io.CopyN(io.Discard, c, int64(len(established)))
+			pour(c)
+			c.CloseWrite()
+			fmt.Fscan(c, &n)
+			return n
+		},
+		"http down": func(c *net.UnixConn) int64 {
+			fmt.Fprintf(c, "GET http://%s/ HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", at, at)
+			n, _ := io.Copy(io.Discard, c)
+			return n - n%(1<<20) // its head
+		},
+	} {
+		c, err := net.Dial("unix", g.sock)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.SetDeadline(time.Now().Add(5 * time.Minute))
+		var n int64
+		used := growth(func() { n = do(c.(*net.UnixConn)) })
+		c.Close()
+		t.Logf("%s: %d MiB more", name, used>>20)
+		if n != size || used > most {
+			t.Errorf("%s: %d bytes came, with %d MiB more", name, n, used>>20)
+		}
+		g.await(name, func(e audit.Event) bool { return e.Event == audit.KindClose && e.BytesIn+e.BytesOut >= size })
+	}
+	g.settled()
+}
