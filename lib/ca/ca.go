@@ -28,8 +28,10 @@ import (
 // Lifetimes of what is issued.
 const (
 	leafLife = 24 * time.Hour
-	// backdate tolerates a guest clock that is behind the host's.
-	backdate = time.Hour
+	// backdate tolerates a guest clock that is behind the host's, and
+	// authorityBackdate one of the host's that is set back later on.
+	backdate          = time.Hour
+	authorityBackdate = 7 * 24 * time.Hour
 	// renewBefore is how long before its end a cached leaf is made anew.
 	renewBefore = time.Hour
 	maxLeaves   = 512
@@ -101,7 +103,7 @@ func authorityTemplate(name string, hosts []string, now time.Time, life time.Dur
 	return &x509.Certificate{
 		SerialNumber:                serial,
 		Subject:                     pkix.Name{Organization: []string{"bottle"}, CommonName: "bottle " + name},
-		NotBefore:                   now.Add(-backdate),
+		NotBefore:                   now.Add(-authorityBackdate),
 		NotAfter:                    now.Add(life),
 		IsCA:                        true,
 		BasicConstraintsValid:       true,
@@ -172,7 +174,9 @@ func (a *Authority) Covers(host string) bool {
 }
 
 // Leaf gives a certificate for host, from a bounded cache. A host that is not
-// inspected is a fault (70), as is an authority that has expired (69).
+// inspected is a fault (70), as is an authority that has expired, or that has not
+// begun by a clock that was set back (69): its certificate stands in the guest as
+// it is, and a renewed one would not be trusted there.
 func (a *Authority) Leaf(host string) (*tls.Certificate, error) {
 	if !a.Covers(host) {
 		return nil, fault.New(fault.Bug, "ca_not_covered", "%s is not an inspected host", host)
@@ -182,11 +186,16 @@ func (a *Authority) Leaf(host string) (*tls.Certificate, error) {
 		return nil, fault.New(fault.Unavailable, "ca_expired", "the bottle's certificate authority ended on %s",
 			a.cert.NotAfter.UTC().Format(time.RFC3339)).WithHint("start the bottle anew")
 	}
+	if now.Before(a.cert.NotBefore) {
+		return nil, fault.New(fault.Unavailable, "ca_not_yet_valid", "the bottle's certificate authority begins on %s, and it is %s now",
+			a.cert.NotBefore.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339)).WithHint("set the host's clock right, or start the bottle anew")
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if e, ok := a.cached[host]; ok {
 		cert := e.Value.(*entry).cert
-		if now.Add(renewBefore).Before(cert.Leaf.NotAfter) || cert.Leaf.NotAfter.Equal(a.cert.NotAfter) {
+		good := now.Add(renewBefore).Before(cert.Leaf.NotAfter) || cert.Leaf.NotAfter.Equal(a.cert.NotAfter)
+		if good && !now.Before(cert.Leaf.NotBefore) { // the clock may have been set back
 			a.order.MoveToFront(e)
 			return cert, nil
 		}

@@ -169,6 +169,34 @@ func TestLifetimes(t *testing.T) {
 	}
 }
 
+// Whatever the clock does, what is handed out is valid by it, or nothing is.
+func TestClockJumps(t *testing.T) {
+	a := authority(t, "api.example.com")
+	clock := start
+	a.now = func() time.Time { return clock }
+	for _, d := range []time.Duration{0, 3 * time.Hour, -5 * time.Hour, 26 * time.Hour, -6 * 24 * time.Hour, time.Minute, 12 * time.Hour, 0} {
+		clock = start.Add(d)
+		if !clock.Before(a.NotAfter()) {
+			continue
+		}
+		leaf, err := a.Leaf("api.example.com")
+		if err != nil {
+			t.Fatalf("%v: %v", d, err)
+		}
+		if err := verify(a, leaf.Leaf, "api.example.com", clock); err != nil {
+			t.Errorf("%v: %v", d, err)
+		}
+	}
+	clock = start.Add(-8 * 24 * time.Hour)
+	if _, err := a.Leaf("api.example.com"); err == nil || fault.As(err).Code != "ca_not_yet_valid" || fault.As(err).Exit != fault.Unavailable {
+		t.Errorf("%v", err)
+	}
+	clock = start
+	if _, err := a.Leaf("api.example.com"); err != nil {
+		t.Errorf("the clock is right again: %v", err)
+	}
+}
+
 func TestCacheIsBounded(t *testing.T) {
 	a := authority(t, "*.example.org")
 	for i := range maxLeaves + 50 {

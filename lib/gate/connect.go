@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/audit"
+	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/policy"
 )
 
@@ -298,6 +299,17 @@ func (g *Gate) terminate(w http.ResponseWriter, t *tunnel, e audit.Event) {
 		t.flow.end()
 		auditFailed(t.host, t.port).write(w, true)
 		return
+	}
+	if t.scheme == "https" {
+		// While it can still be told in HTTP.
+		if _, err := g.cfg.CA.Leaf(t.host); err != nil {
+			f := fault.As(err)
+			bad := refused(f.Code, t.host, t.port, f.Msg, f.Hint)
+			t.flow.end()
+			g.deny(bad, e)
+			bad.write(w, true)
+			return
+		}
 	}
 	guest, ahead, err := hijack(w)
 	if err != nil {

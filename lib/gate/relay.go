@@ -74,7 +74,7 @@ func endOfStream(err error) error {
 // stream in one direction is passed on and leaves the other one open. Neither
 // connection is usable afterwards; closing them is the caller's.
 func relay(guest *replayed, up net.Conn, open opening, l limits) (out, in int64, err error) {
-	r := &relaying{limits: l}
+	r := &relaying{limits: l, began: time.Now()}
 	r.touch()
 	var wg sync.WaitGroup
 	var outErr, inErr error
@@ -92,12 +92,16 @@ func relay(guest *replayed, up net.Conn, open opening, l limits) (out, in int64,
 
 type relaying struct {
 	limits limits
-	last   atomic.Int64 // when a byte moved, Unix nanoseconds
+	began  time.Time
+	last   atomic.Int64 // when a byte moved, since began: no clock that can be set
 	one    atomic.Bool  // one direction has ended
 	both   atomic.Bool
 }
 
-func (r *relaying) touch() { r.last.Store(time.Now().UnixNano()) }
+func (r *relaying) touch() { r.last.Store(int64(time.Since(r.began))) }
+
+// idle is for how long nothing has moved.
+func (r *relaying) idle() time.Duration { return time.Since(r.began) - time.Duration(r.last.Load()) }
 
 func (r *relaying) limit() time.Duration {
 	if r.one.Load() {
@@ -207,7 +211,7 @@ func (r *relaying) copy(dst, src net.Conn) (total int64, err error) {
 		switch {
 		case err == io.EOF:
 			return total, nil
-		case errors.Is(err, os.ErrDeadlineExceeded) && time.Since(time.Unix(0, r.last.Load())) < r.limit():
+		case errors.Is(err, os.ErrDeadlineExceeded) && r.idle() < r.limit():
 			armed = time.Time{} // the other direction moves
 		case err != nil:
 			return total, err
