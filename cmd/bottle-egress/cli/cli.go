@@ -35,7 +35,7 @@ is looked up, run or written.
   bottle-egress allow --bottle claude --for 1h docs.example.org
   bottle-egress log --follow claude`,
 		FlagSet: fs,
-		Subcommands: []*tool.Command{yamlCommand(p), serveCommand(p), explainCommand(p),
+		Subcommands: []*tool.Command{yamlCommand(p), serveCommand(p), explainCommand(p), learnCommand(p), replayCommand(p),
 			allowCommand(p), denyCommand(p), rulesCommand(p), revertCommand(p), logCommand(p)},
 		Exec: func(ctx context.Context, args []string) error {
 			if err := noVerb(args); err != nil {
@@ -51,7 +51,7 @@ func noVerb(args []string) error {
 		return err
 	}
 	return fault.New(fault.Usage, "usage", "unknown verb %q", args[0]).
-		WithHint("the verbs are yaml, serve, explain, allow, deny, rules, revert and log; without one, documents are read from stdin")
+		WithHint("the verbs are yaml, serve, explain, learn, replay, allow, deny, rules, revert and log; without one, documents are read from stdin")
 }
 
 // derive writes the egress section. One that stands in the document already is

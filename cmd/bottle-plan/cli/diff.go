@@ -42,7 +42,8 @@ but A, B and what the manifests name under roots is read.
 
 Exits with 3 if B widens anything, and 0 otherwise.
 
-  git show main:bottle.json | bottle-plan diff - bottle.json`,
+  git show main:bottle.json | bottle-plan diff - bottle.json
+  git worktree add base main && bottle-plan diff base/bottle.json bottle.json`,
 		FlagSet: fs,
 		Exec: func(_ context.Context, args []string) error {
 			if err := tool.CheckArgs(args); err != nil {
@@ -119,6 +120,12 @@ func plansOf(p *tool.Proc, file string) ([]*plan.Bottle, error) {
 		b, err := m.Plan(name)
 		if err != nil {
 			return nil, err
+		}
+		if (file == "-" || isPipe(file)) && len(b.Egress.Roots) > 0 {
+			// Those of the working folder may be the other side's: an exchanged
+			// certificate would be compared with itself.
+			return nil, fault.New(fault.Usage, "roots_elsewhere", "a manifest from a pipe names files (%s), and which ones are meant cannot be told", b.Egress.Roots[0].Path).
+				WithHint("compare folders: git worktree add base main && bottle-plan diff base/bottle.json bottle.json")
 		}
 		plans = append(plans, b)
 	}
