@@ -27,7 +27,7 @@ type Request struct {
 type Answer struct {
 	Phase    string        `json:"phase"` // ready | stopped
 	Reason   string        `json:"reason,omitempty"`
-	Gate     string        `json:"gate"`  // up | down
+	Gate     string        `json:"gate"`  // up | shut | down
 	Proxy    string        `json:"proxy"` // up | down | none
 	Findings []string      `json:"findings,omitempty"`
 	Live     []live.Rule   `json:"live,omitempty"`    // rules on top of the plan's

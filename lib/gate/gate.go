@@ -65,6 +65,9 @@ type Config struct {
 	// Upstream is the host:port of pipelock, through which the rules leave that
 	// it carries (pipelock.Carries); "" dials directly.
 	Upstream string
+	// OnShut is told why the gate is shut, and nil when it is open again; it may
+	// be nil itself.
+	OnShut   func(why error)
 	MaxConns int       // 0: DefaultMaxConns
 	Log      io.Writer // remarks for people; nil: none
 
@@ -213,6 +216,9 @@ func (g *Gate) defaults() {
 	}
 	if g.cfg.Log == nil {
 		g.cfg.Log = io.Discard
+	}
+	if g.cfg.OnShut == nil {
+		g.cfg.OnShut = func(error) {}
 	}
 	if g.cfg.Resolver == nil {
 		g.cfg.Resolver = net.DefaultResolver

@@ -31,7 +31,7 @@ func (g *Gate) logFailed(err error) {
 	go cut(relayed)
 	// Who asked for what could not be written down should still get the answer.
 	time.AfterFunc(50*time.Millisecond, func() { cut(asking) })
-	go g.reopen()
+	go g.reopen(err)
 }
 
 func cut(conns []*guestConn) {
@@ -40,7 +40,8 @@ func cut(conns []*guestConn) {
 	}
 }
 
-func (g *Gate) reopen() {
+func (g *Gate) reopen(why error) {
+	g.cfg.OnShut(why)
 	for {
 		time.Sleep(reopenEvery)
 		retry, err := g.cfg.Audit.Recover()
@@ -54,8 +55,11 @@ func (g *Gate) reopen() {
 		case !retry:
 			g.failed = err
 		}
-		end := g.failed != nil
+		end, open := g.failed != nil, g.shut == nil
 		g.mu.Unlock()
+		if open {
+			g.cfg.OnShut(nil)
+		}
 		if end {
 			g.Close()
 		}

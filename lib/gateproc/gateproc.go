@@ -18,6 +18,7 @@ import (
 	"os"
 	"os/exec"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -53,6 +54,19 @@ type Ready struct {
 	Error *plan.Failure `json:"error,omitempty"`
 }
 
+// State is a line on stdout when the gate is shut because its audit log cannot be
+// written, and when it is open again.
+type State struct {
+	Gate string `json:"gate"` // Open | Shut
+	Why  string `json:"why,omitempty"`
+}
+
+// States of a running gate.
+const (
+	Open = "open"
+	Shut = "shut"
+)
+
 // Process is a running gate.
 type Process struct {
 	Conns *fdpass.Conn // descriptors for the gate go here
@@ -64,6 +78,16 @@ type Process struct {
 	seq      uint64
 	stdin    io.WriteCloser
 	applied  chan live.Applied
+
+	state atomic.Pointer[State]
+}
+
+// State of the gate, as it has said.
+func (p *Process) State() State {
+	if s := p.state.Load(); s != nil {
+		return *s
+	}
+	return State{Gate: Open}
 }
 
 // Start runs exe (bottle-egress) as a gate. stderr goes to log.
@@ -131,6 +155,11 @@ func (p *Process) listen(r io.Reader) {
 	for err == nil {
 		if line, err = in.ReadBytes('\n'); err != nil {
 			break
+		}
+		var s State
+		if json.Unmarshal(line, &s) == nil && s.Gate != "" {
+			p.state.Store(&s)
+			continue
 		}
 		var a live.Applied
 		if json.Unmarshal(line, &a) != nil {

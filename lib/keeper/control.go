@@ -10,6 +10,7 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/control"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/gateproc"
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
@@ -78,8 +79,11 @@ func (k *keeper) answer(c net.Conn) {
 	a.Phase, a.Reason = k.phase, k.reason
 	k.mu.Unlock()
 	a.Gate, a.Proxy = "down", k.proxy.status()
-	if a.Phase != stopped && k.gate.get() != nil {
+	if p := k.gate.get(); a.Phase != stopped && p != nil {
 		a.Gate = "up"
+		if s := p.State(); s.Gate == gateproc.Shut {
+			a.Gate, a.Reason = "shut", "the gate is shut: "+s.Why
+		}
 	}
 	a.Findings = k.guard.report()
 	a.Live = k.live.list()

@@ -3,6 +3,7 @@ package integration
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -94,4 +95,52 @@ func TestAuditLog(t *testing.T) {
 			t.Errorf("verify: %+v", r)
 		}
 	})
+}
+
+// TestFullDisk: with no room for its log a bottle's gate is shut, its owner and
+// its guest are told so, and with room again it is open.
+func TestFullDisk(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: mounting a small tmpfs needs root")
+	}
+	w := harness.NewWorld(t)
+	w.Manifest(`"runtime":"gvisor","egress":{"proxy":"builtin","allow":["allowed.test"]}`)
+	w.OK("bottle-plan | bottle-vm up -o doc.json; bottle-vm down <doc.json")
+	dir := filepath.Dir(gjson.Get(w.Read("doc.json"), "vm.gate.audit_log").Str)
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=16k,mode=700"); err != nil {
+		t.Skipf("SKIPPED: no tmpfs can be mounted here: %v", err)
+	}
+	t.Cleanup(func() { syscall.Unmount(dir, syscall.MNT_DETACH) })
+	w.OK("bottle-plan | bottle-vm up -o doc.json")
+	id := gjson.Get(w.Read("doc.json"), "vm.id").Str
+	r := w.Exec(id, `curl -sS -m 60 "http://denied.test/[1-100]"`)
+	if !contains(r.Out, `"code":"not_in_allowlist"`) || !contains(r.Out, `"code":"audit_failed"`) {
+		t.Errorf("%.2000s %s", r.Out, r.Stderr)
+	}
+	status := w.OK("bottle-vm status " + id)
+	if gjson.Get(status, "gate").Str != "shut" || !contains(gjson.Get(status, "reason").Str, "no space left on device") {
+		t.Errorf("%s", status)
+	}
+	if logs := w.OK("bottle-vm logs " + id); !contains(logs, "nothing leaves the bottle until the audit log can be written") {
+		t.Errorf("%s", logs)
+	}
+	// Another bottle does not start without a log.
+	if r := w.Sh("bottle-plan | bottle-vm up"); r.Code == 0 || !contains(r.Stderr, "audit log") {
+		t.Errorf("%+v", r)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_REMOUNT, "size=1m,mode=700"); err != nil {
+		t.Fatal(err)
+	}
+	for began := time.Now(); gjson.Get(w.OK("bottle-vm status "+id), "gate").Str != "up"; time.Sleep(20 * time.Millisecond) {
+		if time.Since(began) > 20*time.Second {
+			t.Fatal(w.OK("bottle-vm status " + id))
+		}
+	}
+	if r := w.Exec(id, "curl -sS -m 60 http://denied.test/"); !contains(r.Out, `"code":"not_in_allowlist"`) {
+		t.Errorf("%+v", r)
+	}
+	w.OK("bottle-vm down " + id)
+	if r := w.Sh("bottle-egress log --verify " + id); r.Code != 0 || !gjson.Get(r.Out, "ended").Bool() {
+		t.Errorf("%+v", r)
+	}
 }

@@ -236,7 +236,7 @@ type changedRules struct {
 	Change string `json:"change"` // allow | deny | revert
 	// Gate is down for a moment where it is being replaced: the next one begins
 	// with these rules, and until then nothing leaves the bottle.
-	Gate  string       `json:"gate"` // up | down
+	Gate  string       `json:"gate"` // up | shut | down
 	Cut   int          `json:"cut"`  // connections and requests that were ended
 	Rules []live.Shown `json:"rules"`
 }

@@ -84,7 +84,13 @@ func keeperGate(p *tool.Proc, in *bufio.Reader) (*gate.Gate, net.Listener, *audi
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	cfg := gate.Config{Bottle: c.Bottle, Secrets: c.Secrets, Upstream: c.Upstream, Log: p.Stderr}
+	cfg := gate.Config{Bottle: c.Bottle, Secrets: c.Secrets, Upstream: c.Upstream, Log: p.Stderr, OnShut: func(why error) {
+		s := gateproc.State{Gate: gateproc.Open}
+		if why != nil {
+			s = gateproc.State{Gate: gateproc.Shut, Why: why.Error()}
+		}
+		_ = answer(p, s) // a keeper that is gone ends the gate by its socket
+	}}
 	if cfg.RootsPEM, err = roots(c.Bottle, trust.Place{Base: c.Base, Home: home(p)}); err != nil {
 		return nil, nil, nil, err
 	}

@@ -111,7 +111,7 @@ func writeJSON(out *tool.Output, v any) error {
 type shown struct {
 	listed
 	Reason   string   `json:"reason,omitempty"`
-	Gate     string   `json:"gate"`  // up | down
+	Gate     string   `json:"gate"`  // up | shut | down
 	Proxy    string   `json:"proxy"` // up | down | none
 	Findings []string `json:"findings,omitempty"`
 	// Live are rules on top of the plan's (bottle-egress allow, deny).
@@ -128,10 +128,10 @@ func (v *vm) statusCommand() *tool.Command {
 		ShortUsage: "bottle-vm status [ID]",
 		ShortHelp:  "one bottle: its phase, gate and proxy, and what was set aside",
 		LongHelp: `
-One JSON object: what ls prints of it, and gate and proxy (up, down), reason
-(why it stopped), findings, live (rules that bottle-egress allow and deny
-added), audit_log and state_dir. Without an ID, stdin is the
-bottle's document.
+One JSON object: what ls prints of it, and gate (up, down, or shut: its audit log
+cannot be written), proxy (up, down), reason (why it stopped, or is shut),
+findings, live (rules that bottle-egress allow and deny added), audit_log and
+state_dir. Without an ID, stdin is the bottle's document.
 
   bottle-vm status claude | jq -r .phase`,
 		FlagSet: fs,
