@@ -398,10 +398,18 @@ func (p *pass) decode(t []byte, s span, kinds byte, all bool, depth int) error {
 	if kinds&inLikely == 0 {
 		return nil
 	}
-	if kinds&inHex != 0 && len(w) >= 2*minRun {
-		if err := p.decoded(t, s, w, appendHex, all, depth); err != nil {
-			return err
+	// Hexadecimal may be a part of the word, behind a dash.
+	for i := 0; i+2*minRun <= len(w); i++ {
+		n := 0
+		for i+n < len(w) && (alphabet[w[i+n]]&inHex != 0 || kinds&inHex != 0) {
+			n++
 		}
+		if n >= 2*minRun {
+			if err := p.decoded(t, span{s.from + i, s.from + i + n}, w[i:i+n], appendHex, all, depth); err != nil {
+				return err
+			}
+		}
+		i += n
 	}
 	return p.decoded(t, s, w, appendBase64, all, depth)
 }

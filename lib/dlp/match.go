@@ -256,19 +256,34 @@ func (p *pass) look(r int32, t []byte, at int, all bool) error {
 
 // find judges all matches of a rule that begin in t[from:to].
 func (p *pass) find(r int32, t []byte, from, to int, all bool) error {
-	yes, steps := p.dfa(r).match(t, from, all)
-	if err := p.spend(steps); err != nil || !yes {
-		return err
-	}
-	if err := p.spend(exprWork * (len(t) - from)); err != nil {
-		return err
-	}
-	for _, loc := range p.rules[r].whole().FindAllIndex(t[from:], -1) {
-		if start, end := from+loc[0], from+loc[1]; start < to && (end < len(t) || all) {
-			if err := p.judge(r, t, start, end); err != nil {
+	x := p.rules[r]
+	for at := from; at < to; {
+		yes, steps := p.dfa(r).match(t, at, all)
+		if err := p.spend(steps); err != nil || !yes {
+			return err
+		}
+		// A match is complete there, so that it cannot begin long before. The
+		// character before it decides on word boundaries.
+		end := at + steps
+		lo, hi := max(0, at-1, end-x.longest-1), min(len(t), end+x.longest)
+		if err := p.spend(exprWork * (hi - lo)); err != nil {
+			return err
+		}
+		loc := x.whole().FindIndex(t[lo:hi])
+		if loc == nil || lo+loc[1] <= at {
+			at = end
+			continue
+		}
+		start, stop := lo+loc[0], lo+loc[1]
+		if start >= to {
+			return nil
+		}
+		if stop < hi || all && hi == len(t) {
+			if err := p.judge(r, t, start, stop); err != nil {
 				return err
 			}
 		}
+		at = stop
 	}
 	return nil
 }
@@ -336,7 +351,7 @@ func (p *pass) judge(i int32, t []byte, start, end int) error {
 	if r.entropy != 0 && entropy(secret) <= r.entropy {
 		return nil
 	}
-	if r.allowed(secret, match, line(t, start, end)) {
+	if r.allowed(secret, match, line(t, start, end)) || !p.opts.Plain && r.vague(secret) {
 		return nil
 	}
 	if r.certain || p.enabled(i) {

@@ -29,7 +29,8 @@ type rule struct {
 	certain bool
 	// near is set where no literal begins the matches, yet each has a keyword in
 	// it and no more than so many bytes.
-	near int
+	near    int
+	longest int // bytes of a match of rest, at most
 
 	whole  func() *regexp.Regexp // expr
 	inside func() *regexp.Regexp // rest, anchored behind one character
@@ -142,14 +143,24 @@ func (r *rule) prepare() error {
 	r.certain = len(r.anchors) > 0 && !slices.ContainsFunc(r.anchors, func(a string) bool {
 		return !slices.ContainsFunc(r.keywords, func(k string) bool { return strings.Contains(a, k) })
 	})
-	if n := longest(r.rest); r.anchors == nil && n < maxMatch && holds(r.rest, r.keywords) {
-		r.near, r.certain = n, true
+	r.longest = min(longest(r.rest), maxMatch)
+	if r.anchors == nil && r.longest < maxMatch && holds(r.rest, r.keywords) {
+		r.near, r.certain = r.longest, true
 	}
 	rest := "(?:" + r.rest.String() + ")"
 	r.whole = lazily(r.expr)
 	r.inside = lazily("^(?s:.)" + rest)
 	r.first = lazily("^" + rest)
 	return nil
+}
+
+var commitID = lazily(`^[0-9a-fA-F]{40}$`)
+
+// vague tells if a finding says nothing here: for gitleaks every commit id is a
+// key of Sourcegraph's if the word sourcegraph stands somewhere in the text, as
+// it does in many lists of dependencies.
+func (r *rule) vague(secret []byte) bool {
+	return r.id == "sourcegraph-access-token" && commitID().Match(secret)
 }
 
 // allowed tells if a list takes a finding back.
