@@ -24,6 +24,8 @@ import (
 	"unicode/utf16"
 
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/bottle-tools/bottle/lib/policy"
 )
 
 const (
@@ -141,10 +143,11 @@ var encodings = map[string]func(string) string{
 	"basic credentials": func(s string) string {
 		return "Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte("me:"+s))
 	},
-	"hex":       func(s string) string { return hex.EncodeToString([]byte(s)) },
-	"HEX":       func(s string) string { return strings.ToUpper(hex.EncodeToString([]byte(s))) },
-	"UTF-16":    func(s string) string { return wide16(s, false) },
-	"UTF-16 BE": func(s string) string { return wide16(s, true) },
+	"hex":           func(s string) string { return hex.EncodeToString([]byte(s)) },
+	"hex in a word": func(s string) string { return "x-" + hex.EncodeToString([]byte(s)) + "-y" },
+	"HEX":           func(s string) string { return strings.ToUpper(hex.EncodeToString([]byte(s))) },
+	"UTF-16":        func(s string) string { return wide16(s, false) },
+	"UTF-16 BE":     func(s string) string { return wide16(s, true) },
 	"UTF-16 in base64": func(s string) string {
 		return base64.StdEncoding.EncodeToString([]byte(wide16(s+strings.Repeat(" and more text", 20), false)))
 	},
@@ -359,6 +362,19 @@ func TestAllow(t *testing.T) {
 	} {
 		if got := scan(t, text, Options{Allow: func(r string) bool { return r == c.allow }}); got != c.want {
 			t.Errorf("%q allowed: %q, want %q", c.allow, got, c.want)
+		}
+	}
+}
+
+// Manifests are checked by a list of names that stands elsewhere.
+func TestRuleNames(t *testing.T) {
+	ids, err := RuleIDs()
+	if err != nil || !slices.Equal(ids, policy.DLPRules()) {
+		t.Errorf("lib/policy has other names of rules than gitleaks (%v): %v", err, ids)
+	}
+	for _, id := range NoisyRules {
+		if !slices.Contains(ids, id) {
+			t.Errorf("there is no rule %s", id)
 		}
 	}
 }

@@ -61,7 +61,7 @@ func (rs *rules) opened(key string, port int) *plan.Rule {
 
 func (l *loader) egress(n node) (plan.Policy, []*policy.Preset, *rules) {
 	p := plan.Policy{Proxy: "auto", Rules: []plan.Rule{}, Roots: []plan.Root{}}
-	ms, ok := l.object(n, "proxy", "presets", "allow", "deny", "inspect", "roots")
+	ms, ok := l.object(n, "proxy", "presets", "allow", "deny", "inspect", "dlp", "roots")
 	if !ok {
 		return p, nil, newRules(0)
 	}
@@ -88,6 +88,9 @@ func (l *loader) egress(n node) (plan.Policy, []*policy.Preset, *rules) {
 	}
 	if e, ok := ms.get("inspect"); ok {
 		l.inspect(e, rs)
+	}
+	if e, ok := ms.get("dlp"); ok {
+		l.dlp(e, rs)
 	}
 	if e, ok := ms.get("roots"); ok {
 		p.Roots = l.roots(e)

@@ -141,6 +141,10 @@ type Rule struct {
 	// "METHOD /path" (policy.NormalizeRequest); without any it allows all.
 	Requests     []string `json:"requests,omitempty"`
 	RequestsFrom string   `json:"requests_from,omitempty"` // provenance of Requests
+	// DLPAllow are the rules of data loss prevention (lib/dlp) by which requests
+	// under this rule are not refused; "*" stands for all, and for not looking.
+	DLPAllow     []string `json:"dlp_allow,omitempty"`
+	DLPAllowFrom string   `json:"dlp_allow_from,omitempty"`
 	Why          string   `json:"why,omitempty"`
 	From         string   `json:"from"` // provenance: "bottle.json:12:9 bottles.dev.egress.allow[0]" or "preset anthropic"
 }

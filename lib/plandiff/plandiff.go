@@ -433,7 +433,7 @@ func (d *diff) rules(a, b *plan.Bottle) error {
 func digest(rules []plan.Rule) string {
 	rules = slices.Clone(rules)
 	for i := range rules {
-		rules[i].From, rules[i].RequestsFrom = "", ""
+		rules[i].From, rules[i].RequestsFrom, rules[i].DLPAllowFrom = "", "", ""
 	}
 	return policy.RulesSHA256(rules)
 }

@@ -26,7 +26,7 @@ func whole() *plan.Bottle {
 		Resources: plan.Resources{CPUs: 2, MemoryMiB: 100, Pids: 10, Enforcement: "watched"},
 		Egress: plan.Policy{Proxy: "auto",
 			Rules: []plan.Rule{{Host: "a.test", Ports: []int{443}, Protocol: "tls", Verdict: "allow", Class: "exact", Addresses: []string{"10.0.0.1"}, Inspect: true,
-				Requests: []string{"GET /a"}, RequestsFrom: "here", Why: "w", From: "f"}},
+				Requests: []string{"GET /a"}, RequestsFrom: "here", DLPAllow: []string{"jwt"}, DLPAllowFrom: "there", Why: "w", From: "f"}},
 			Roots: []plan.Root{{Path: "ca.pem", SHA256: plan.SHA256([]byte("ca"))}}},
 		Secrets: []plan.Secret{{Name: "K", From: "command", Command: []string{"pass"}, GuestCanRead: "never",
 			Inject: []plan.Injection{{Host: "a.test", Header: "authorization", Format: "Bearer {}"}}}},
@@ -190,6 +190,9 @@ func TestClauses(t *testing.T) {
 		{"a root more", func(a, _ *plan.Bottle) { a.Egress.Roots = nil }, policy.Widens, "egress.roots"},
 		{"a root under another name", func(_, b *plan.Bottle) { b.Egress.Roots[0].Path = "b.pem" }, policy.Same, "egress.roots"},
 		{"requests more", func(_, b *plan.Bottle) { b.Egress.Rules[0].Requests = []string{"GET /*"} }, policy.Widens, "egress.rules"},
+		{"more of what looks like a key", func(_, b *plan.Bottle) { b.Egress.Rules[0].DLPAllow = []string{"github-pat", "jwt"} }, policy.Widens, "egress.rules"},
+		{"bodies that nobody looks through", func(_, b *plan.Bottle) { b.Egress.Rules[0].DLPAllow = []string{"*"} }, policy.Widens, "egress.rules"},
+		{"less of what looks like a key", func(_, b *plan.Bottle) { b.Egress.Rules[0].DLPAllow, b.Egress.Rules[0].DLPAllowFrom = nil, "" }, policy.Narrows, "egress.rules"},
 		{"the word about a rule", func(_, b *plan.Bottle) { b.Egress.Rules[0].Why = "elsewhere" }, policy.Same, "egress.rules"},
 		{"another home than the user's", func(a, b *plan.Bottle) { a.Env[0].Name, b.Env[0] = "HOME", plan.EnvVar{Name: "HOME", Value: "/root"} }, policy.Widens, `env["HOME"]`},
 		{"a secret less", func(a, b *plan.Bottle) {

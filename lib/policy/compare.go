@@ -50,6 +50,7 @@ type Treatment struct {
 	Inspected bool     `json:"inspected,omitzero"`
 	Addresses []string `json:"addresses,omitempty"`
 	Requests  []string `json:"requests,omitempty"`
+	DLPAllow  []string `json:"dlp_allow,omitempty"`
 	From      string   `json:"from,omitempty"` // of the rule
 }
 
@@ -216,7 +217,7 @@ func (s *side) treatment(host string, d Decision) Treatment {
 	if d.Allow {
 		t.Verdict, t.Code, t.Protocol = "allow", "", d.Rule.Protocol
 		t.Inspected = Inspected(d.Rule, host, s.bottle.Secrets)
-		t.Addresses, t.Requests = d.Rule.Addresses, d.Rule.Requests
+		t.Addresses, t.Requests, t.DLPAllow = d.Rule.Addresses, d.Rule.Requests, d.Rule.DLPAllow
 	}
 	return t
 }
@@ -253,6 +254,9 @@ func (c *comparison) wider(x, y *side, host string, rx, ry *plan.Rule) string {
 		return "it is not inspected any more: what was read leaves unseen"
 	}
 	if why := moreRequests(rx, ry); why != "" {
+		return why
+	}
+	if why := moreDLP(rx, ry); why != "" {
 		return why
 	}
 	if why := moreAddresses(x.m, y.m, rx, ry); why != "" {
@@ -364,7 +368,7 @@ func single(r *plan.Rule) bool {
 
 // compared are the members of a rule that Compare knows. A new one that it does
 // not know makes two rules that differ in it incomparable.
-var compared = []string{"Host", "CIDR", "Ports", "Protocol", "Verdict", "Class", "Addresses", "Inspect", "Requests", "RequestsFrom", "Why", "From"}
+var compared = []string{"Host", "CIDR", "Ports", "Protocol", "Verdict", "Class", "Addresses", "Inspect", "Requests", "RequestsFrom", "DLPAllow", "DLPAllowFrom", "Why", "From"}
 
 func differsElsewhere(a, b *plan.Rule) bool {
 	x, y := reflect.ValueOf(a).Elem(), reflect.ValueOf(b).Elem()

@@ -158,7 +158,7 @@ func (m *Matcher) checkConflicts() error {
 // it differently.
 func Conflict(a, b *plan.Rule) bool {
 	same := a.Protocol == b.Protocol && a.Inspect == b.Inspect && slices.Equal(a.Addresses, b.Addresses) &&
-		slices.Equal(a.Requests, b.Requests)
+		slices.Equal(a.Requests, b.Requests) && slices.Equal(a.DLPAllow, b.DLPAllow)
 	return !same && slices.ContainsFunc(a.Ports, func(p int) bool { return slices.Contains(b.Ports, p) })
 }
 
@@ -186,8 +186,9 @@ func checkRule(r *plan.Rule) (Entry, error) {
 		}
 	}
 	if r.Verdict == "deny" {
-		if r.Protocol != "any" || r.Inspect || len(r.Addresses) > 0 || len(r.Requests) > 0 || r.RequestsFrom != "" {
-			return e, badRule("a deny rule has protocol \"any\", no addresses, no inspection and no requests")
+		if r.Protocol != "any" || r.Inspect || len(r.Addresses) > 0 || len(r.Requests) > 0 || r.RequestsFrom != "" ||
+			len(r.DLPAllow) > 0 || r.DLPAllowFrom != "" {
+			return e, badRule("a deny rule has protocol \"any\", no addresses, no inspection, no requests and no dlp_allow")
 		}
 		return e, nil
 	}
@@ -204,6 +205,9 @@ func checkAllowRule(r *plan.Rule, e Entry) error {
 		return badRule("addresses pin a name; a rule with a cidr has none")
 	case r.Inspect && (r.Protocol != "tls" || e.Host == ""):
 		return badRule("only a tls rule with a host name can be inspected")
+	}
+	if err := checkDLP(r); err != nil {
+		return err
 	}
 	return checkRequests(r)
 }
