@@ -63,7 +63,10 @@ type Event struct {
 	Address  string `json:"address,omitempty"` // IP:port that was dialled
 	Via      string `json:"via,omitempty"`     // the proxy in between, if not the gate itself
 	Secret   string `json:"secret,omitempty"`  // name of the secret that was injected
-	Status   int    `json:"status,omitempty"`  // HTTP status the guest got
+	// Finding is the rule of data loss prevention by which a request was refused;
+	// what was found is in no line.
+	Finding string `json:"finding,omitempty"`
+	Status  int    `json:"status,omitempty"` // HTTP status the guest got
 	// BytesOut left the bottle, BytesIn came into it; on close lines.
 	BytesOut   int64 `json:"bytes_out,omitempty"`
 	BytesIn    int64 `json:"bytes_in,omitempty"`

@@ -101,6 +101,11 @@ func (g *Gate) connect(w http.ResponseWriter, r *http.Request) {
 	default:
 		ctx = r.Context()
 	}
+	if f := g.screenName(r.Context(), t, &e); f != nil {
+		g.deny(f, e)
+		f.write(w, true)
+		return
+	}
 	var f *Refusal
 	if t.flow, f = g.follow(ctx, host, port, d.Rule); f != nil {
 		g.deny(f, e)

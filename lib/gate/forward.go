@@ -181,6 +181,11 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 		f.write(w, r.ContentLength != 0)
 		return
 	}
+	if f := g.screenRequest(r, t, &e); f != nil {
+		g.deny(f, e)
+		f.write(w, r.ContentLength != 0)
+		return
+	}
 	r = x.prepare(r, t)
 	if !g.allow(e) {
 		auditFailed(t.host, t.port).write(w, true)

@@ -114,6 +114,7 @@ type Gate struct {
 	clock   func() live.Instant
 	inject  map[string]*injector // by host
 	holders []placeholder
+	screen  *screener
 	tls     *tls.Config // towards the guest
 	forward *goproxy.ProxyHttpServer
 	direct  *http.Transport // dials itself
@@ -187,6 +188,7 @@ func New(cfg Config) (*Gate, error) {
 			return nil, fault.New(fault.Bug, "gate_without_ca", "%s is inspected and the gate's CA does not cover it", h)
 		}
 	}
+	g.screen = newScreener(cfg.Secrets)
 	g.defaults()
 	g.tls = g.guestTLS()
 	g.direct, g.proxied = g.transports(roots)

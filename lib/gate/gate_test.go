@@ -153,6 +153,12 @@ func inspect(r plan.Rule) plan.Rule {
 	return r
 }
 
+// unscreened lets requests pass that nobody has looked through.
+func unscreened(r plan.Rule) plan.Rule {
+	r.DLPAllow, r.DLPAllowFrom = []string{"*"}, "bottle.json:1:1 dlp"
+	return r
+}
+
 type rig struct {
 	t     testing.TB
 	gate  *Gate
