@@ -2,6 +2,8 @@ package pipelock
 
 import (
 	"fmt"
+	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -15,8 +17,8 @@ import (
 //
 // The section has no pipelock part where pipelock has no configuration for the
 // policy: nothing that it carries is allowed, or, unless the manifest insists
-// on pipelock, more than MaxHosts hosts are. Errors are faults 65 that name the
-// rule (bottle.egress.rules[3].host).
+// on pipelock, more than MaxHosts hosts are, or a deny rule is one that it cannot
+// hold. Errors are faults 65 that name the rule (bottle.egress.rules[3].host).
 func Derive(b *plan.Bottle) (*plan.Egress, error) {
 	rules := b.Egress.Rules
 	if _, err := policy.Compile(rules); err != nil {
@@ -26,14 +28,14 @@ func Derive(b *plan.Bottle) (*plan.Egress, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &plan.Egress{
-		RulesSHA256: policy.RulesSHA256(rules),
-		Residual:    append(policy.Residual(b.Egress), append(policy.ResidualOfSecrets(b.Secrets), residual(b.Egress)...)...),
-	}
-	switch n := len(c.APIAllowlist); {
+	e := &plan.Egress{RulesSHA256: policy.RulesSHA256(rules), Residual: Residual(b)}
+	n, odd := len(c.APIAllowlist), unheld(rules)
+	switch {
 	case n > MaxHosts && b.Egress.Proxy == "pipelock":
 		return nil, errTooMany(n)
-	case n == 0 || n > MaxHosts:
+	case odd >= 0 && b.Egress.Proxy == "pipelock":
+		return nil, errUnheld(odd, rules)
+	case n == 0 || n > MaxHosts || odd >= 0:
 		return e, nil
 	}
 	y, err := encode(c)
@@ -60,6 +62,44 @@ func inBottle(err error, rules []plan.Rule) error {
 		where += ".cidr"
 	}
 	return f.At(where)
+}
+
+// Residual is plan.Egress.Residual: what nobody sees, or holds, under the policy
+// of b.
+func Residual(b *plan.Bottle) []string {
+	out := policy.Residual(b.Egress) // never nil, which a document would show as such
+	return append(append(out, policy.ResidualOfSecrets(b.Secrets)...), residual(b.Egress)...)
+}
+
+// unheld finds a deny rule about addresses on certain ports that names could
+// lead to which pipelock carries: it resolves them itself, and its list of
+// addresses knows no ports. -1 if there is none.
+func unheld(rules []plan.Rule) int {
+	ports := map[int]bool{}
+	for _, r := range rules {
+		if r.Host != "" && Carries(r) {
+			for _, p := range r.Ports {
+				ports[p] = true
+			}
+		}
+	}
+	for i, r := range rules {
+		if r.Verdict != "deny" || r.CIDR == "" || !slices.ContainsFunc(r.Ports, func(p int) bool { return ports[p] }) {
+			continue
+		}
+		p, err := netip.ParsePrefix(r.CIDR)
+		closed := err == nil && slices.ContainsFunc(specialPrefixes, func(s netip.Prefix) bool { return s.Bits() <= p.Bits() && s.Contains(p.Addr()) })
+		if !closed {
+			return i
+		}
+	}
+	return -1
+}
+
+func errUnheld(i int, rules []plan.Rule) *fault.Error {
+	return fault.New(fault.Data, "range_with_ports", "pipelock resolves names itself and knows no ports: it cannot hold that %s is denied on some of them", rules[i].CIDR).
+		At(fmt.Sprintf("bottle.egress.rules[%d].ports", i)).
+		WithHint(`deny the range on every port, or use "proxy": "builtin"`)
 }
 
 // residual says what pipelock does not see where it may be the proxy.

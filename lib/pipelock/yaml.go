@@ -175,7 +175,7 @@ func Carries(r plan.Rule) bool {
 // Errors are faults 65: a rule that is not normal (at
 // bottle.egress.rules[i].host), no rule that pipelock carries (code
 // allowlist_empty, as pipelock has no such configuration), more than MaxHosts
-// of them (too_many_hosts).
+// of them (too_many_hosts), a deny rule that it cannot hold (range_with_ports).
 func YAML(b *plan.Bottle) ([]byte, error) {
 	c, err := configure(b.Egress.Rules)
 	if err != nil {
@@ -186,6 +186,9 @@ func YAML(b *plan.Bottle) ([]byte, error) {
 		return nil, errEmpty()
 	case n > MaxHosts:
 		return nil, errTooMany(n)
+	}
+	if i := unheld(b.Egress.Rules); i >= 0 {
+		return nil, errUnheld(i, b.Egress.Rules)
 	}
 	return encode(c)
 }

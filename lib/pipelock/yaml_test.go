@@ -476,3 +476,39 @@ func FuzzHost(f *testing.F) {
 		}
 	})
 }
+
+// TestRangeWithPorts: a deny that pipelock would not hold for the names that it
+// resolves is no configuration of its.
+func TestRangeWithPorts(t *testing.T) {
+	on := func(r plan.Rule, ports ...int) plan.Rule {
+		r.Ports = ports
+		return r
+	}
+	for _, tt := range []struct {
+		name  string
+		rules []plan.Rule
+		held  bool
+	}{
+		{"on every port", []plan.Rule{tls("a.example"), deny("9.9.9.0/24")}, true},
+		{"on the port of a name", []plan.Rule{tls("a.example"), on(deny("9.9.9.0/24"), 80, 443)}, false},
+		{"on another port", []plan.Rule{tls("a.example"), on(deny("9.9.9.0/24"), 80)}, true},
+		{"on the port of a name that does not go through it", []plan.Rule{tls("a.example"), allow("b.example", "ssh", 22), on(deny("9.9.9.0/24"), 22)}, true},
+		{"on the port of an address, which the gate sees", []plan.Rule{tls("8.8.8.8"), on(deny("9.9.9.0/24"), 443)}, true},
+		{"in a block that is closed on every port", []plan.Rule{tls("a.example"), on(deny("10.0.0.0/9"), 443)}, true},
+		{"around such a block", []plan.Rule{tls("a.example"), on(deny("8.0.0.0/5"), 443)}, false},
+	} {
+		b := bottle(tt.rules...)
+		e, err := Derive(b)
+		if err != nil || (e.Pipelock != nil) != tt.held {
+			t.Errorf("%s: auto: %+v %v", tt.name, e, err)
+		}
+		_, yamlErr := YAML(b)
+		b.Egress.Proxy = "pipelock"
+		_, err = Derive(b)
+		for _, err := range []error{yamlErr, err} {
+			if f := fault.As(err); (f == nil) != tt.held || f != nil && (f.Code != "range_with_ports" || f.Exit != fault.Data || !strings.HasSuffix(f.Where, "].ports")) {
+				t.Errorf("%s: %v", tt.name, err)
+			}
+		}
+	}
+}

@@ -82,21 +82,6 @@ func Residual(p plan.Policy) []string {
 	return out
 }
 
-// ResidualOf is what Residual says of one allow rule, without its name.
-// inspected tells that the gate reads what the rule lets through, which a
-// secret brings about as well as the rule itself.
-func ResidualOf(r *plan.Rule, inspected bool) []string {
-	as := *r
-	as.Inspect = as.Inspect || inspected
-	out := []string{}
-	for _, b := range blind {
-		if b.of(&as) {
-			out = append(out, b.text)
-		}
-	}
-	return out
-}
-
 func some(hosts []string) string {
 	if n := len(hosts) - residualNames; n > 0 {
 		return fmt.Sprintf("%s and %d more", strings.Join(hosts[:residualNames], ", "), n)

@@ -92,30 +92,6 @@ func TestResidual(t *testing.T) {
 	}
 }
 
-// What is said of the whole policy is said of its rules one by one, and nothing
-// else.
-func TestResidualOf(t *testing.T) {
-	for _, r := range []plan.Rule{
-		rule(t, "a.example"), rule(t, "*.b.example"), rule(t, "http c.example@80"), rule(t, "ssh d.example@22"),
-		rule(t, "tcp 10.0.0.1@5432"), rule(t, "93.184.216.34"), rule(t, "100.64.0.0/10"),
-	} {
-		want := Residual(plan.Policy{Rules: []plan.Rule{r}})
-		got := ResidualOf(&r, false)
-		for i := range want {
-			if i >= len(got) || want[i] != r.Host+r.CIDR+": "+got[i] || len(got) != len(want) {
-				t.Errorf("%+v: %q, alone %q", r, want, got)
-			}
-		}
-		if len(got) == 0 {
-			t.Errorf("%+v hides nothing", r)
-		}
-	}
-	r := rule(t, "a.example")
-	if got := ResidualOf(&r, true); len(got) != 0 || r.Inspect {
-		t.Errorf("a host that gets a secret: %q", got)
-	}
-}
-
 func TestRulesSHA256(t *testing.T) {
 	a, b := rule(t, "a.example"), rule(t, "b.example")
 	one, two := RulesSHA256([]plan.Rule{a, b}), RulesSHA256([]plan.Rule{b, a})

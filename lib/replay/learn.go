@@ -129,8 +129,11 @@ func (s *student) hear(d Decision, n int) {
 	case d.Code == policy.DeniedByRule:
 		s.asides[aside{d.Host, "an entry of deny is about it"}] += n
 		return
+	case d.Code == policy.AddressNotAllowed:
+		s.asides[aside{d.Host, `it leads to an address that is not public or is denied; "addresses" in its entry names it, if that is meant`}] += n
+		return
 	default:
-		s.asides[aside{d.Host, "no entry would have opened it: " + d.Code}] += n
+		s.asides[aside{d.Host, "that was for another reason than host and port: " + d.Code}] += n
 		return
 	}
 	if s.plan != nil {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -249,7 +250,7 @@ func explain(b *plan.Bottle, t target) (*explanation, error) {
 	}
 	if d.Allow {
 		a.Verdict = "allow"
-		a.describe(d.Rule, b.Secrets)
+		a.describe(b, d.Rule)
 	}
 	if a.Pipelock, err = compare(b, e, d, host); err != nil {
 		return nil, err
@@ -283,13 +284,13 @@ func (a *explanation) decideRequest(t target) {
 }
 
 // describe says how traffic is treated that rule allows.
-func (a *explanation) describe(r *plan.Rule, secrets []plan.Secret) {
-	a.Inspected = policy.Inspected(r, a.Host, secrets)
+func (a *explanation) describe(b *plan.Bottle, r *plan.Rule) {
+	a.Inspected = policy.Inspected(r, a.Host, b.Secrets)
 	a.PathSeen = a.Inspected || r.Protocol == "http"
 	if a.Inspected {
-		a.Secrets = append(a.Secrets, policy.Injections(secrets, a.Host)...)
+		a.Secrets = append(a.Secrets, policy.Injections(b.Secrets, a.Host)...)
 	}
-	a.Residual = policy.ResidualOf(r, a.Inspected)
+	a.Residual = residualOf(b, r, a.Host)
 	later := func(text string) { a.AtTheGate = append(a.AtTheGate, text) }
 	switch ips := policy.KnownAddresses(r, a.Host); {
 	case len(ips) == 0:
@@ -315,6 +316,25 @@ func (a *explanation) describe(r *plan.Rule, secrets []plan.Secret) {
 	}
 }
 
+// residualOf is what the document's residual says of one host, without its name:
+// that of the policy which consists of its rule and its secrets alone.
+func residualOf(b *plan.Bottle, r *plan.Rule, host string) []string {
+	alone, rule := *b, *r
+	rule.Inspect = policy.Inspected(r, host, b.Secrets)
+	alone.Egress.Rules = []plan.Rule{rule}
+	alone.Secrets = nil
+	for _, s := range b.Secrets {
+		s.Inject = slices.DeleteFunc(slices.Clone(s.Inject), func(in plan.Injection) bool { return in.Host != host })
+		alone.Secrets = append(alone.Secrets, s)
+	}
+	out := []string{}
+	for _, s := range pipelock.Residual(&alone) {
+		_, text, _ := strings.Cut(s, ": ") // no name has that in it
+		out = append(out, text)
+	}
+	return out
+}
+
 // compare holds pipelock's opinion against the gate's decision. The gate stands
 // in front of pipelock: where the two differ, the narrower one counts, and it
 // has to be the gate, or traffic that never goes through pipelock.
@@ -323,11 +343,11 @@ func compare(b *plan.Bottle, e *plan.Egress, d policy.Decision, host string) (pi
 	if v.Used == "" {
 		v.Used = "auto"
 	}
-	v.Carries = d.Allow && pipelock.Carries(*d.Rule)
 	if e.Pipelock == nil {
-		v.Agrees, v.Why = !v.Carries, "pipelock has no configuration for this policy; the gate alone decides"
+		v.Agrees, v.Why = true, "pipelock has no configuration for this policy; the gate alone decides"
 		return v, nil
 	}
+	v.Carries = d.Allow && pipelock.Carries(*d.Rule)
 	var err error
 	if v.Opinion, err = pipelock.Says(e.Pipelock.YAML, host); err != nil {
 		return v, err

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -418,7 +419,7 @@ func TestExplainOutput(t *testing.T) {
 		want   map[string]string
 	}{
 		{"api.example.com/v1/x", 0, map[string]string{"verdict": "allow", "path": "/v1/x", "path_seen": "true", "inspected": "true", "from": "test api.example.com", "rule.index": "0",
-			"rule.host": "api.example.com", "class": "exact", "secrets.0.name": "KEY", "secrets.0.header": "x-key", "pipelock.verdict": "allow", "pipelock.agrees": "true", "residual.#": "0"}},
+			"rule.host": "api.example.com", "class": "exact", "secrets.0.name": "KEY", "secrets.0.header": "x-key", "pipelock.verdict": "allow", "pipelock.agrees": "true", "residual.#": "1"}},
 		{"x.example.org:8443", 0, map[string]string{"verdict": "allow", "class": "wildcard", "path_seen": "false", "residual.#": "2", "pipelock.entry": "*.example.org"}},
 		{"example.org:8443", 1, map[string]string{"code": "not_in_allowlist", "pipelock.verdict": "allow", "pipelock.agrees": "false", "rule.index": ""}},
 		{"x.example.org", 1, map[string]string{"code": "port_not_allowed", "rule.index": "1", "pipelock.agrees": "false", "secrets.#": "0"}},
@@ -444,6 +445,53 @@ func TestExplainOutput(t *testing.T) {
 	status, out, _ := run(doc+document(t, bottle()), "explain", "api.example.com")
 	if status != 1 || strings.Count(out, "\n") != 2 || gjson.Get(strings.SplitN(out, "\n", 2)[1], "pipelock.verdict").String() != "none" {
 		t.Errorf("%d %s", status, out)
+	}
+}
+
+// TestExplainResidual: what the document says nobody can see, explain says of the
+// hosts it is about, and nothing else.
+func TestExplainResidual(t *testing.T) {
+	b := bottle(rules(t, "a.example.com", "*.b.example.com", "http c.example.com@80", "ssh d.example.com@22", "tcp 10.0.0.1@5432", "93.184.216.34", "2a00::/32@8443",
+		"pinned.example.com=10.0.0.2", "secret.example.com")...)
+	b.Egress.Proxy = "auto"
+	b.Egress.Rules[0].Inspect, b.Egress.Rules[8].Inspect = true, true
+	b.Egress.Rules[0].Requests, b.Egress.Rules[0].RequestsFrom = []string{"GET /x"}, "test"
+	b.Secrets = []plan.Secret{{Name: "KEY", From: "env:KEY", GuestCanRead: "never", Inject: []plan.Injection{{Host: "secret.example.com", Header: "x-key"}}}}
+	e, err := pipelock.Derive(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := 0
+	for i, r := range b.Egress.Rules {
+		host := map[string]string{"*.b.example.com": "x.b.example.com", "": strings.Split(r.CIDR, "/")[0]}[r.Host]
+		if host == "" {
+			host = r.Host
+		}
+		got, err := explain(b, target{host: host, port: r.Ports[0]})
+		if err != nil || got.Verdict != "allow" || got.Rule.Index != i {
+			t.Fatalf("%+v %v", got, err)
+		}
+		var want []string
+		for _, s := range e.Residual {
+			names, text, _ := strings.Cut(s, ": ")
+			if slices.Contains(strings.Split(names, ", "), r.Host+r.CIDR) || strings.Contains(names, " more") {
+				want = append(want, text)
+			}
+		}
+		for _, s := range got.Residual {
+			if !slices.ContainsFunc(e.Residual, func(all string) bool { return strings.HasSuffix(all, ": "+s) }) {
+				t.Errorf("%s: %q is not in the document", host, s)
+			}
+			said++
+		}
+		for _, s := range want {
+			if !strings.Contains(strings.Join(e.Residual, "\n"), " more: "+s) && !slices.Contains(got.Residual, s) {
+				t.Errorf("%s: no word of %q: %q", host, s, got.Residual)
+			}
+		}
+	}
+	if said < 12 {
+		t.Errorf("%d sentences: %q", said, e.Residual)
 	}
 }
 
