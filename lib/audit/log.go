@@ -401,6 +401,13 @@ func (l *Log) Head() Head {
 	return l.head
 }
 
+// Durable is the last line that is on the disk.
+func (l *Log) Durable() Head {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.durable.head
+}
+
 // Close makes durable what is written and closes the file. Later writes fail.
 func (l *Log) Close() error {
 	l.mu.Lock()

@@ -600,6 +600,45 @@ func TestFollow(t *testing.T) {
 	}
 }
 
+// What was seen once is there, or was dropped, or the log was cut.
+func TestHolds(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.jsonl")
+	if ok, err := Holds(path, Head{}); !ok || err != nil {
+		t.Error("nothing is in every log")
+	}
+	l := open(t, path, Options{MaxBytes: MinMaxBytes, Keep: 2})
+	seen := map[int]Head{}
+	for i := range 1500 {
+		l.Write(denied(strings.Repeat("x", 200)))
+		seen[i] = l.Head()
+	}
+	l.Close()
+	for _, i := range []int{0, 1, 700, 1200, 1498, 1499} {
+		if ok, err := Holds(path, seen[i]); !ok || err != nil {
+			t.Errorf("line %d: %v", i, err)
+		}
+	}
+	other := seen[1499]
+	other.SHA256 = seen[1498].SHA256[:70] + "0"
+	if ok, err := Holds(path, other); ok || err != nil {
+		t.Errorf("a line that never was: %v", err)
+	}
+	raw := must(os.ReadFile(path))
+	os.WriteFile(path, raw[:bytes.LastIndexByte(raw[:len(raw)-1], '\n')+1], 0o600)
+	if ok, err := Holds(path, seen[1499]); ok || err != nil {
+		t.Errorf("a log that was cut: %v", err)
+	}
+	if ok, _ := Holds(path, seen[1498]); !ok {
+		t.Error("cut behind it")
+	}
+	for _, f := range must(Files(path)) {
+		os.Remove(f)
+	}
+	if ok, err := Holds(path, seen[0]); ok || err != nil {
+		t.Errorf("a log that is gone: %v", err)
+	}
+}
+
 func TestReadRefuses(t *testing.T) {
 	dir := t.TempDir()
 	syscall.Mkfifo(filepath.Join(dir, "fifo"), 0o600)

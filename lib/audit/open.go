@@ -223,6 +223,56 @@ func Tail(path string) (Head, error) {
 	return Head{}, err
 }
 
+// Holds tells if the log at path has the line h, or is by now so far that it was
+// dropped. The newest file is looked at first.
+func Holds(path string, h Head) (bool, error) {
+	if h.Seq == 0 {
+		return true, nil
+	}
+	files, err := Files(path)
+	if err != nil || len(files) == 0 {
+		return false, err
+	}
+	for i := len(files) - 1; i >= 0; i-- {
+		f, err := openRegular(files[i])
+		if err != nil {
+			return false, cannotRead(err)
+		}
+		oldest, found, err := scan(f, h)
+		f.Close()
+		switch {
+		case err != nil || found:
+			return found, err
+		case i == 0:
+			return oldest > h.Seq, nil
+		}
+	}
+	return false, nil
+}
+
+// scan looks for a line by its digest, and gives the number of the first one.
+func scan(f *os.File, h Head) (first uint64, found bool, err error) {
+	r := NewReader(f, f.Name())
+	for {
+		raw, err := r.line()
+		if err == io.EOF {
+			return first, false, nil
+		}
+		if err != nil {
+			return first, false, err
+		}
+		if first == 0 {
+			var e Event
+			if json.Unmarshal(raw, &e) == nil {
+				first = e.Seq
+			}
+		}
+		if digest(append(raw, '\n')) == h.SHA256 {
+			return first, true, nil
+		}
+	}
+}
+
 // resume goes on where the log ends.
 func (l *Log) resume(f *logFile) error {
 	end, err := endOf(f.File, l.path)

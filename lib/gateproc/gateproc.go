@@ -61,6 +61,12 @@ type State struct {
 	Why  string `json:"why,omitempty"`
 }
 
+// Told is a line on stdout about once a second: the last line of the audit log
+// that is on the disk. A gate that is taken over later cannot take it back.
+type Told struct {
+	Head audit.Head `json:"head"`
+}
+
 // States of a running gate.
 const (
 	Open = "open"
@@ -80,6 +86,16 @@ type Process struct {
 	applied  chan live.Applied
 
 	state atomic.Pointer[State]
+	head  atomic.Pointer[audit.Head]
+}
+
+// Head is the last line of the audit log that the gate has told of; zero before
+// the first.
+func (p *Process) Head() audit.Head {
+	if h := p.head.Load(); h != nil {
+		return *h
+	}
+	return audit.Head{}
 }
 
 // State of the gate, as it has said.
@@ -156,9 +172,15 @@ func (p *Process) listen(r io.Reader) {
 		if line, err = in.ReadBytes('\n'); err != nil {
 			break
 		}
-		var s State
+		var s struct {
+			State
+			Told
+		}
 		if json.Unmarshal(line, &s) == nil && s.Gate != "" {
-			p.state.Store(&s)
+			p.state.Store(&s.State)
+			continue
+		} else if s.Head.Seq > 0 {
+			p.head.Store(&s.Head)
 			continue
 		}
 		var a live.Applied

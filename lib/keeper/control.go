@@ -85,6 +85,9 @@ func (k *keeper) answer(c net.Conn) {
 			a.Gate, a.Reason = "shut", "the gate is shut: "+s.Why
 		}
 	}
+	if why := k.gate.lostLog(); a.Phase != stopped && why != "" {
+		a.Reason = "there will be no gate any more: " + why
+	}
 	a.Findings = k.guard.report()
 	a.Live = k.live.list()
 	_ = json.NewEncoder(c).Encode(a)

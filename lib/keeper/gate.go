@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/audit"
+	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/gateproc"
 )
 
@@ -85,6 +86,8 @@ type gateKeeper struct {
 	mu         sync.Mutex
 	proc       *gateproc.Process // nil while down
 	supervised bool              // supervise will close done
+	known      audit.Head        // the last line of the audit log that a gate has told of
+	lost       string            // why there will be no gate any more
 }
 
 // startGate begins to start the first gate; what comes of it awaitReady tells.
@@ -197,8 +200,13 @@ func (g *gateKeeper) supervise(p *gateproc.Process) {
 		g.set(nil)
 		p.Conns.Close()
 		g.k.logf("the gate ended (%s); the bottle has no way out until the next one is up", p.Exited())
-		g.remember()
+		dead, noted := p, false
 		for p = nil; p == nil; wait = min(2*wait, restartMost) {
+			noted = noted || g.remember(dead)
+			if g.lostLog() != "" {
+				<-g.quit
+				return
+			}
 			if g.k.now().Sub(begun) > steady {
 				wait = restartFirst
 			}
@@ -207,19 +215,46 @@ func (g *gateKeeper) supervise(p *gateproc.Process) {
 				return
 			case <-time.After(wait):
 			}
-			p = g.relaunch()
+			if noted {
+				p = g.relaunch()
+			}
 		}
 	}
 }
 
-// remember notes how the dead gate has left the log: the next one has to find it
-// like that.
-func (g *gateKeeper) remember() {
-	head, err := audit.Tail(g.config.Audit)
+// remember notes how the dead gate p has left the log: what it has told of has to
+// be there, and the next one has to find it as it is now. A log that was cut or
+// taken away is not gone on with: there is no gate any more. It is false if the
+// log cannot be read at present.
+func (g *gateKeeper) remember(p *gateproc.Process) bool {
+	if h := p.Head(); h.Seq > 0 {
+		g.known = h
+	}
+	there, err := audit.Holds(g.config.Audit, g.known)
+	if err == nil && there {
+		g.config.AuditHead, err = audit.Tail(g.config.Audit)
+	}
 	if err != nil {
 		g.k.logf("%v", err)
+		return false
 	}
-	g.config.AuditHead = head
+	if !there {
+		g.lose(fmt.Sprintf("audit log %s does not hold line %d any more, which its gate has written", g.config.Audit, g.known.Seq))
+	}
+	return true
+}
+
+func (g *gateKeeper) lose(why string) {
+	g.k.logf("there will be no gate any more: %s", why)
+	g.mu.Lock()
+	g.lost = why
+	g.mu.Unlock()
+}
+
+func (g *gateKeeper) lostLog() string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.lost
 }
 
 func (g *gateKeeper) relaunch() *gateproc.Process {
@@ -233,7 +268,18 @@ func (g *gateKeeper) relaunch() *gateproc.Process {
 	if err := p.AwaitReady(ctx); err != nil {
 		g.k.logf("restarting the gate: %v", err)
 		_ = p.Stop(0)
-		g.remember() // it may have written that it began
+		if f := fault.As(err); f.Code == "audit_log_changed" {
+			g.lose(f.Msg)
+			return nil
+		}
+		// It may have written that it began.
+		for !g.remember(p) {
+			select {
+			case <-g.quit:
+				return nil
+			case <-time.After(restartMost):
+			}
+		}
 		return nil
 	}
 	if err := g.k.live.adopt(ctx, p); err != nil {

@@ -144,3 +144,47 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+// TestLogTakenAway: a gate whose log is removed or cut ends, and the keeper, which
+// knows how far it was, starts none that would begin another one.
+func TestLogTakenAway(t *testing.T) {
+	w := harness.NewWorld(t)
+	w.Manifest(`"runtime":"gvisor","egress":{"proxy":"builtin","allow":["allowed.test"]}`)
+	for name, do := range map[string]func(path string, pid int){
+		"removed": func(path string, _ int) { os.Remove(path) },
+		"cut, and the gate killed": func(path string, pid int) {
+			raw, _ := os.ReadFile(path)
+			if err := os.Truncate(path, int64(strings.IndexByte(string(raw), '\n')+1)); err != nil {
+				t.Error(err)
+			}
+			syscall.Kill(pid, syscall.SIGKILL)
+		},
+	} {
+		w.OK("bottle-plan | bottle-vm up -o doc.json")
+		id, path := gjson.Get(w.Read("doc.json"), "vm.id").Str, gjson.Get(w.Read("doc.json"), "vm.gate.audit_log").Str
+		ask := func() string { return w.Exec(id, "curl -sS -m 30 http://denied.test/").Out }
+		if got := ask(); !contains(got, "not_in_allowlist") {
+			t.Errorf("%s: %s", name, got)
+		}
+		time.Sleep(2500 * time.Millisecond) // until the line is on the disk, and the keeper told
+		do(path, gatePid(t, w))
+		var status string
+		for began := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+			ask() // the gate notices with its next line
+			if status = w.OK("bottle-vm status " + id); gjson.Get(status, "gate").Str == "down" && contains(status, "there will be no gate any more: audit log") {
+				break
+			}
+			if time.Since(began) > 20*time.Second {
+				t.Fatalf("%s: %s", name, status)
+			}
+		}
+		time.Sleep(700 * time.Millisecond) // longer than the keeper waits before it starts another
+		if got := ask(); !contains(got, "gate_down") {
+			t.Errorf("%s: %s", name, got)
+		}
+		if raw, err := os.ReadFile(path); err == nil && strings.Count(string(raw), "\n") > 1 {
+			t.Errorf("%s: the log goes on:\n%s", name, raw)
+		}
+		w.OK("bottle-vm down " + id)
+	}
+}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/user"
+	"time"
 
 	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/ca"
@@ -39,7 +40,28 @@ func serveKeeper(ctx context.Context, p *tool.Proc) error {
 	}
 	in.N = math.MaxInt64
 	go changes(p, g, lines)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go tellHead(ctx, p, log)
 	return g.Serve(ctx, l)
+}
+
+// tellHead keeps the keeper informed of how far the log is on the disk.
+func tellHead(ctx context.Context, p *tool.Proc, log *audit.Log) {
+	var last audit.Head
+	for {
+		if h := log.Durable(); h != last {
+			if answer(p, gateproc.Told{Head: h}) != nil {
+				return
+			}
+			last = h
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Second):
+		}
+	}
 }
 
 // changes puts the keeper's rules in force, one line after the other. What the
