@@ -42,6 +42,8 @@ type Report struct {
 	GateRules   string `json:"gate_rules"` // of the plan's rules that the gate holds (policy.RulesSHA256)
 	GateLive    string `json:"gate_live"`  // of those on top
 	ProxyConfig string `json:"proxy_config,omitempty"`
+	Document    string `json:"document"` // of the document that the keeper goes by (plan.SHA256)
+	Watches     bool   `json:"watches"`  // limits are watched by the keeper
 }
 
 // Change asks for other rules on top of the plan's. All of it is done, or

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 
+	"github.com/bottle-tools/bottle/lib/drift"
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
@@ -72,6 +73,51 @@ type Spec struct {
 	// Record is called with each process the engine has started, before the
 	// next is started, so that a killed keeper leaves nothing unnamed.
 	Record func(role string, pid int) error
+}
+
+// Shown is what of the host a guest was given. The keeper notes it in the
+// bottle's folder (ShownFile) before the guest starts, for Verifier.
+type Shown struct {
+	Workspace   string `json:"workspace"`
+	ReadOnly    bool   `json:"read_only"`
+	Home        string `json:"home,omitempty"`
+	Rootfs      string `json:"rootfs,omitempty"`
+	GuestHelper string `json:"guest_helper"`
+	Binds       []Bind `json:"binds"`
+	HostUID     int    `json:"host_uid"`
+}
+
+// ShownFile is its name.
+const ShownFile = "mounts.json"
+
+// Shown is what s gives to the guest.
+func (s *Spec) Shown() Shown {
+	binds := s.Binds
+	if binds == nil {
+		binds = []Bind{}
+	}
+	return Shown{s.Workspace, s.ReadOnly, s.Home, s.Rootfs, s.GuestHelper, binds, s.HostUID}
+}
+
+// Running is what a Verifier looks at.
+type Running struct {
+	Ref
+	Shown  Shown
+	Keeper int // its pid: what is not the guest's own is compared with it
+	VM     *plan.VM
+	Proc   drift.Proc
+	// Watches: the keeper says that it watches limits.
+	Watches bool
+}
+
+// Verifier is an engine that can tell from outside how a running guest differs
+// from what was asked for. It sends nothing to the guest.
+type Verifier interface {
+	Verify(r Running, f *drift.Findings)
+	// Sockets are the paths of those that the engine keeps in the runtime folder,
+	// and Programs what it starts for a moment.
+	Sockets(r Ref) []string
+	Programs() []string
 }
 
 // Ref finds a started bottle again, from another process.

@@ -143,6 +143,9 @@ func Start(exe string, cfg Config, log *os.File) (*Process, error) {
 		WithHint("bottle-egress has to stand beside bottle-vm; run make build")
 }
 
+// EnvNames are the variables that a gate may have.
+var EnvNames = []string{"PATH", "GOMEMLIMIT", "SSL_CERT_FILE", "SSL_CERT_DIR"}
+
 // environment is next to nothing: where the host's trust roots are, if somebody
 // moved them.
 func environment() []string {

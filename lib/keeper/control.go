@@ -67,7 +67,8 @@ func (k *keeper) answer(c net.Conn) {
 		if err != nil {
 			a.Error = plan.NewFailure("vm", err)
 		}
-		a.Report = &control.Report{GateRules: r.RulesSHA256, GateLive: r.LiveSHA256, ProxyConfig: k.proxy.ref().RunConfigSHA256}
+		a.Report = &control.Report{GateRules: r.RulesSHA256, GateLive: r.LiveSHA256, ProxyConfig: k.proxy.ref().RunConfigSHA256,
+			Document: plan.SHA256(k.doc.Line()), Watches: k.monitor != nil}
 	case "stop":
 		if err := k.halt("stopped by command"); err != nil {
 			a.Error = plan.NewFailure("vm", fault.New(fault.IO, "stop_failed", "stopping: %w", err))

@@ -276,6 +276,14 @@ func (k *keeper) spec() (*engine.Spec, error) {
 	}
 	k.guard = guard
 	s.Binds = slices.Concat(k.cfg.Mounts, k.guard.binds)
+	shown, err := json.Marshal(s.Shown())
+	if err == nil {
+		err = k.bottle.WriteFile(engine.ShownFile, append(shown, '\n'))
+	}
+	if err != nil {
+		log.Close()
+		return nil, err
+	}
 	return s, nil
 }
 

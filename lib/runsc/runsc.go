@@ -140,6 +140,95 @@ func (r Runsc) flags() []string {
 	}
 }
 
+// CheckArgv looks at the arguments of a sandbox or gofer that a Run started: verb
+// is boot or gofer. It gives what is missing or wrong of the flags that isolation
+// hangs on, and every other one that Run does not lead to, as "flag" and the
+// value that it has ("" is absent).
+func (r Runsc) CheckArgv(argv []string, verb string, o RunOptions) (wrong map[string][2]string) {
+	wrong = make(map[string][2]string)
+	want := make(map[string]string)
+	for _, f := range r.flags() {
+		name, value, ok := strings.Cut(strings.TrimPrefix(f, "--"), "=")
+		if !ok {
+			value = "true"
+		}
+		want[name] = value
+	}
+	if o.InternalCgroups {
+		want["in-sandbox-cgroup"] = "v2"
+	}
+	global := true
+	seen := make(map[string]bool)
+	for _, a := range argv[min(1, len(argv)):] {
+		name, value, ok := strings.Cut(strings.TrimLeft(a, "-"), "=")
+		switch {
+		case global && a == verb:
+			global = false
+		case global && !strings.HasPrefix(a, "--"):
+			wrong["command"] = [2]string{verb, a}
+			global = false
+		case global && (name == "log" || name == "log-fd"):
+		case global:
+			if !ok {
+				value = "true"
+			}
+			seen[name] = true
+			if want[name] != value {
+				wrong[name] = [2]string{want[name], value}
+			}
+		case strings.HasPrefix(a, "-") && !childFlags[verb][name]:
+			wrong[verb+" "+name] = [2]string{"", value}
+		}
+	}
+	for name, value := range want {
+		if !seen[name] {
+			wrong[name] = [2]string{value, ""}
+		}
+	}
+	return wrong
+}
+
+// childFlags are those that runsc gives to the processes that it starts: which
+// descriptor is what, ids, and how much memory there is (runsc/cmd/gofer.go and
+// runsc/cmd/sentry/sentrycmd/boot.go). Not among them is what saves a sandbox,
+// records it, or gives it devices.
+var childFlags = map[string]map[string]bool{
+	"boot": set("apply-caps", "attached", "bundle", "controller-fd", "cpu-num", "cpu-period", "cpu-quota", "dev-io-fd", "exec-fd",
+		"gid", "gofer-filestore-fds", "gofer-mount-confs", "host-thp-defrag", "host-thp-shmem-enabled", "io-fds", "mounts-fd", "pass-fd",
+		"pin-ring-fd", "proc-mount-sync-fd", "product-name", "setup-root", "spec-fd", "start-sync-fd", "stdio-fds", "sync-fd",
+		"sync-userns-fd", "total-host-memory", "total-memory", "uid", "user-log-fd"),
+	"gofer": set("apply-caps", "bundle", "dev-io-fd", "gid", "gofer-mount-confs", "io-fds", "mounts-fd", "pin-ring-fd",
+		"proc-mount-sync-fd", "rpc-fd", "setup-root", "spec-fd", "sync-chroot-fd", "sync-sentry-exit-fd", "sync-userns-fd", "uid"),
+}
+
+func set(names ...string) map[string]bool {
+	m := make(map[string]bool, len(names))
+	for _, n := range names {
+		m[n] = true
+	}
+	return m
+}
+
+// Saved is the part of runsc's own record of a sandbox that tells how it was
+// made.
+type Saved struct {
+	Spec     Spec `json:"spec"`
+	GoferPid int  `json:"goferPid"`
+}
+
+// Saved reads that record.
+func (r Runsc) Saved(id string) (*Saved, error) {
+	b, err := os.ReadFile(filepath.Join(r.Root, id+"_sandbox:"+id+".state"))
+	if err != nil {
+		return nil, err
+	}
+	s := new(Saved)
+	return s, json.Unmarshal(b, s)
+}
+
+// ControlSocket is where a sandbox takes orders.
+func (r Runsc) ControlSocket(id string) string { return filepath.Join(r.Root, "runsc-"+id+".sock") }
+
 func (r Runsc) command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, r.Path, append(r.flags(), args...)...)
 	// runsc hands its environment on to sandbox and gofer: it gets none.
@@ -341,17 +430,11 @@ func (r Runsc) Stats(ctx context.Context, id string) (Stats, error) {
 // Gofer gives the pid of the process that serves the sandbox's files, from
 // runsc's record: no subcommand tells it.
 func (r Runsc) Gofer(id string) (int, error) {
-	b, err := os.ReadFile(filepath.Join(r.Root, id+"_sandbox:"+id+".state"))
+	s, err := r.Saved(id)
 	if err != nil {
 		return 0, err
 	}
-	var rec struct {
-		GoferPid int `json:"goferPid"`
-	}
-	if err := json.Unmarshal(b, &rec); err != nil {
-		return 0, err
-	}
-	return rec.GoferPid, nil
+	return s.GoferPid, nil
 }
 
 func (r Runsc) call(ctx context.Context, verb string, args ...string) ([]byte, error) {

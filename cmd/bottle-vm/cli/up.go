@@ -515,16 +515,19 @@ func (s *starter) scratch(ctx context.Context, b *state.Bottle) error {
 	return nil
 }
 
-// environment of the keeper: what its engines need to find their programs and
+// keeperEnvironment names what a keeper's engines need to find their programs and
 // data, and nothing that a secret could be in.
+var keeperEnvironment = []string{
+	"PATH", "HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME",
+	"SSL_CERT_FILE", "SSL_CERT_DIR", "BOTTLE_RUNSC", "BOTTLE_SMOLVM", "BOTTLE_PIPELOCK", "TMPDIR",
+	"SMOLVM_LIB_DIR", "SMOLVM_AGENT_ROOTFS", "SMOLVM_DATA_DIR", "SMOLVM_VM_UID_DROP",
+	"BOTTLE_TRANSCRIPTS", "BOTTLE_TRANSCRIPT_LOG", "BOTTLE_TRANSCRIPT_STATE", "BOTTLE_TRANSCRIPT_VERSION",
+}
+
+// environment of the keeper.
 func (s *starter) environment() []string {
 	var env []string
-	for _, name := range []string{
-		"PATH", "HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME",
-		"SSL_CERT_FILE", "SSL_CERT_DIR", "BOTTLE_RUNSC", "BOTTLE_SMOLVM", "BOTTLE_PIPELOCK", "TMPDIR",
-		"SMOLVM_LIB_DIR", "SMOLVM_AGENT_ROOTFS", "SMOLVM_DATA_DIR", "SMOLVM_VM_UID_DROP",
-		"BOTTLE_TRANSCRIPTS", "BOTTLE_TRANSCRIPT_LOG", "BOTTLE_TRANSCRIPT_STATE", "BOTTLE_TRANSCRIPT_VERSION",
-	} {
+	for _, name := range keeperEnvironment {
 		if val := s.p.Getenv(name); val != "" {
 			env = append(env, name+"="+val)
 		}
