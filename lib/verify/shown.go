@@ -28,7 +28,7 @@ func (b *Bottle) Shown(f *drift.Findings, s engine.Shown, home string) {
 	f.Equal("image of the host", fmt.Sprint(b.Plan.Image.Kind == "host"), fmt.Sprint(s.Rootfs == ""))
 	f.Equal("home is kept", fmt.Sprint(b.Plan.Home == "keep"), fmt.Sprint(s.Home != ""))
 	f.Equal("guest helper", filepath.Join(b.Programs, "bottle-guest"), s.GuestHelper)
-	f.Equal("host_uid", fmt.Sprint(b.VM.HostUID), fmt.Sprint(s.HostUID))
+	f.Equal("user on the host", fmt.Sprint(b.VM.HostUID), fmt.Sprint(s.HostUID))
 
 	planned := make(map[int]bool)
 	type place struct {

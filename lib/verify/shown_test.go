@@ -56,7 +56,7 @@ func TestShown(t *testing.T) {
 		{"another workspace", with(func(s *engine.Shown) { s.Workspace = base }), "workspace"},
 		{"read-only", with(func(s *engine.Shown) { s.ReadOnly = true }), "workspace: read-only mount /workspace/.git"},
 		{"another helper", with(func(s *engine.Shown) { s.GuestHelper = "/tmp/x" }), "guest helper"},
-		{"another user", with(func(s *engine.Shown) { s.HostUID = 0 }), "host_uid"},
+		{"another user", with(func(s *engine.Shown) { s.HostUID = 0 }), "user on the host"},
 		{"a home", with(func(s *engine.Shown) { s.Home = "/h" }), "home is kept"},
 		{"an image", with(func(s *engine.Shown) { s.Rootfs = "/r" }), "image of the host"},
 		{"no mount", with(func(s *engine.Shown) { s.Binds = s.Binds[1:] }), "mount /opt/data"},
