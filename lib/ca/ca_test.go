@@ -8,6 +8,8 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/base64"
+	"encoding/binary"
 	"encoding/pem"
 	"fmt"
 	"math/big"
@@ -15,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -277,4 +280,36 @@ func BenchmarkLeaf(b *testing.B) {
 		c, _ = a.Leaf(fmt.Sprintf("h%d.example.org", i))
 	}
 	_ = c
+}
+
+// TestTruststore: Java's own tool reads what is written for Java.
+func TestTruststore(t *testing.T) {
+	a, b := authority(t, "api.example.com"), authority(t, "*.example.org")
+	store := Truststore(slices.Concat([]byte("# roots\n"), a.CertPEM(), b.CertPEM()))
+	if !bytes.Equal(store, Truststore(slices.Concat(a.CertPEM(), b.CertPEM()))) {
+		t.Error("the same roots make another file")
+	}
+	if n := binary.BigEndian.Uint32(store[8:]); n != 2 || !bytes.Contains(store, a.cert.Raw) || !bytes.Contains(store, b.cert.Raw) {
+		t.Errorf("%d certificates", n)
+	}
+	bin, err := exec.LookPath("keytool")
+	if err != nil {
+		t.Skip("SKIPPED: Java is not installed, so its truststore was not read by it")
+	}
+	file := filepath.Join(t.TempDir(), "cacerts")
+	if err := os.WriteFile(file, store, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(bin, "-list", "-rfc", "-keystore", file, "-storepass", TruststorePassword).CombinedOutput()
+	for _, cert := range []*x509.Certificate{a.cert, b.cert} {
+		line := base64.StdEncoding.EncodeToString(cert.Raw)[:64]
+		if err != nil || !bytes.Contains(out, []byte(line)) {
+			t.Errorf("%v\n%s", err, out)
+		}
+	}
+	store[len(store)-30] ^= 1
+	os.WriteFile(file, store, 0o600)
+	if out, err := exec.Command(bin, "-list", "-keystore", file, "-storepass", TruststorePassword).CombinedOutput(); err == nil {
+		t.Errorf("a broken file is read: %s", out)
+	}
 }

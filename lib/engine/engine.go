@@ -18,11 +18,13 @@ const (
 	GuestDir       = "/opt/bottle"       // read-only: helper, its config, CA bundle
 	GuestHelper    = "/opt/bottle/guest" // the helper binary
 	GuestConfig    = "/opt/bottle/config.json"
-	GuestHome      = "/home/agent"
-	GuestUser      = "agent"
-	GuestUID       = 1000
-	GuestProxy     = "127.0.0.1:3128"
-	GuestSocket    = "/run/bottle/gate.sock" // where a socket engine puts the gate
+	// GuestTruststore is the CA bundle for Java, where hosts are inspected.
+	GuestTruststore = "/opt/bottle/cacerts"
+	GuestHome       = "/home/agent"
+	GuestUser       = "agent"
+	GuestUID        = 1000
+	GuestProxy      = "127.0.0.1:3128"
+	GuestSocket     = "/run/bottle/gate.sock" // where a socket engine puts the gate
 )
 
 // Transport is how a connection gets from the guest to the gate.

@@ -58,6 +58,9 @@ type Config struct {
 	// CABundle is a file in the guest that holds the whole bundle; it becomes
 	// /etc/ssl/certs/ca-certificates.crt in an image that has none.
 	CABundle string `json:"ca_bundle,omitempty"`
+	// Truststore is a file in the guest that holds the same for Java. It takes
+	// the place of those that the image has.
+	Truststore string `json:"truststore,omitempty"`
 
 	// Addresses are those that the policy opens as such. The guest takes them for
 	// its own, so that what connects to one gets to the helper.

@@ -28,8 +28,11 @@ var hostSettings = []string{"/etc/java-*", "/etc/python3*", "/etc/perl", "/etc/f
 // hostFiles are copied if they are there and readable by all.
 var hostFiles = []string{
 	"/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/mime.types", "/etc/protocols", "/etc/services",
-	"/etc/timezone", "/etc/localtime", "/etc/inputrc", "/etc/ssl/openssl.cnf", "/etc/ssl/certs/java/cacerts",
+	"/etc/timezone", "/etc/localtime", "/etc/inputrc", "/etc/ssl/openssl.cnf", javaRoots,
 }
+
+// javaRoots is what Java trusts, on Debian and its kin.
+const javaRoots = "/etc/ssl/certs/java/cacerts"
 
 // hostRoots are the folders of / that are links into /usr on most systems.
 var hostRoots = []string{"bin", "sbin", "lib", "lib32", "lib64", "libx32"}

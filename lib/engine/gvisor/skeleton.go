@@ -8,9 +8,11 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
 	"strconv"
 
+	"github.com/bottle-tools/bottle/lib/ca"
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/guest"
 	"github.com/bottle-tools/bottle/lib/guest/helper"
@@ -60,6 +62,14 @@ func makeSkeleton(dir string, s *engine.Spec, owner ownership) error {
 		return err
 	}
 	for _, p := range hostFiles {
+		if p == javaRoots && len(s.CACert) > 0 {
+			if _, err := os.Stat(p); err == nil {
+				if err := writeTruststore(filepath.Join(dir, p), s); err != nil {
+					return err
+				}
+			}
+			continue
+		}
 		if err := copyHostFile(p, filepath.Join(dir, p)); err != nil {
 			return err
 		}
@@ -94,6 +104,15 @@ func etcFiles(s *engine.Spec) map[string][]byte {
 		out["ssl/certs/bottle-ca.pem"] = s.CACert
 	}
 	return out
+}
+
+// writeTruststore writes what Java trusts in place of the host's own, which lacks
+// the bottle's authority.
+func writeTruststore(p string, s *engine.Spec) error {
+	if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
+		return err
+	}
+	return writeNew(p, ca.Truststore(s.CABundle))
 }
 
 func hostShell() string {
@@ -152,6 +171,9 @@ func writeGuestDir(dir string, s *engine.Spec, prepared bool) error {
 		"ca-bundle.pem":                   s.CABundle,
 		"ca.pem":                          s.CACert,
 	}
+	if len(s.CACert) > 0 {
+		files[path.Base(engine.GuestTruststore)] = ca.Truststore(s.CABundle)
+	}
 	for name, content := range files {
 		if err := writeNew(filepath.Join(dir, name), content); err != nil {
 			return err
@@ -174,6 +196,9 @@ func guestConfig(s *engine.Spec, prepared bool) *guest.Config {
 	}
 	if len(s.CABundle) > 0 {
 		c.CABundle = engine.GuestDir + "/ca-bundle.pem"
+	}
+	if len(s.CACert) > 0 {
+		c.Truststore = engine.GuestTruststore
 	}
 	for _, f := range s.Bottle.Files {
 		c.Files = append(c.Files, guest.File{Path: f.Path, Content: f.Content})

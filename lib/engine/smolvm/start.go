@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"time"
 
+	"github.com/bottle-tools/bottle/lib/ca"
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/guest"
@@ -154,7 +156,12 @@ func stage(s *engine.Spec) error {
 	if err != nil {
 		return err
 	}
-	for name, data := range map[string][]byte{"config.json": cfg, caBundle: s.CABundle} {
+	files := map[string][]byte{"config.json": cfg, caBundle: s.CABundle}
+	if len(s.CACert) > 0 {
+		files["ca.pem"] = s.CACert // NODE_EXTRA_CA_CERTS names it
+		files[path.Base(engine.GuestTruststore)] = ca.Truststore(s.CABundle)
+	}
+	for name, data := range files {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o644); err != nil {
 			return err
 		}
@@ -175,6 +182,9 @@ func guestConfig(s *engine.Spec) guest.Config {
 	}
 	if len(s.CABundle) > 0 {
 		cfg.CABundle = engine.GuestDir + "/" + caBundle
+	}
+	if len(s.CACert) > 0 {
+		cfg.Truststore = engine.GuestTruststore
 	}
 	for _, f := range s.Bottle.Files {
 		cfg.Files = append(cfg.Files, guest.File{Path: f.Path, Content: f.Content})

@@ -247,8 +247,16 @@ func TestSetupEtcAndTrust(t *testing.T) {
 		t.Fatal(err)
 	}
 	write("opt/bottle/ca-bundle.pem", "WHOLE BUNDLE\n")
+	write("opt/bottle/cacerts", "JAVA")
+	write("usr/lib/jvm/java-21/lib/security/cacerts", "OLD")
+	write("etc/pki/ca-trust/extracted/java/cacerts", "OLD")
+	if err := errors.Join(os.MkdirAll(at("opt/java/openjdk/lib/security"), 0o755),
+		os.Symlink("gone", at("opt/java/openjdk/lib/security/cacerts")),
+		os.MkdirAll(at("etc/pki/java"), 0o755), os.Symlink("../ca-trust/extracted/java/cacerts", at("etc/pki/java/cacerts"))); err != nil {
+		t.Fatal(err)
+	}
 	cfg := &guest.Config{Hostname: "h", User: guest.User{Name: "agent", UID: 1000, GID: 1000, Home: "/home/agent"},
-		CACert: "OWN\n", CABundle: "/opt/bottle/ca-bundle.pem"}
+		CACert: "OWN\n", CABundle: "/opt/bottle/ca-bundle.pem", Truststore: "/opt/bottle/cacerts"}
 	for range 2 { // again is no change
 		if err := setupEtc(at, cfg); err != nil {
 			t.Fatal(err)
@@ -266,6 +274,9 @@ func TestSetupEtcAndTrust(t *testing.T) {
 			"etc/pki/tls/certs/ca-bundle.crt":   "RPM ROOTS\nOWN\n",
 			"etc/ssl/cert.pem":                  "RPM ROOTS\nOWN\n",
 			"etc/ssl/certs/ca-certificates.crt": "WHOLE BUNDLE\n",
+			"etc/pki/java/cacerts":              "JAVA",
+
+			"usr/lib/jvm/java-21/lib/security/cacerts": "JAVA",
 		} {
 			if b, err := os.ReadFile(at(name)); err != nil || string(b) != want {
 				if name == "etc/ssl/certs/ca-certificates.crt" && string(b) == want+"OWN\n" {

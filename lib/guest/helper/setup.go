@@ -26,6 +26,14 @@ var bundles = []string{
 	"etc/ssl/cert.pem",
 }
 
+// truststores are where Java has its trusted roots: distributions, and the
+// images that are made for it.
+var truststores = []string{
+	"etc/ssl/certs/java/cacerts", "etc/pki/java/cacerts", "etc/pki/ca-trust/extracted/java/cacerts",
+	"usr/lib/jvm/*/lib/security/cacerts", "usr/lib/jvm/*/jre/lib/security/cacerts", "usr/java/*/lib/security/cacerts",
+	"usr/local/openjdk-*/lib/security/cacerts", "opt/java/openjdk/lib/security/cacerts",
+}
+
 const (
 	ownCert  = "etc/ssl/certs/bottle-ca.pem"
 	cgroups  = "sys/fs/cgroup"
@@ -238,6 +246,9 @@ func setupTrust(at func(string) string, cfg *guest.Config) error {
 			return err
 		}
 	}
+	if err := setupTruststores(at, cfg); err != nil {
+		return err
+	}
 	first := at(bundles[0])
 	if _, err := os.Stat(first); err == nil || cfg.CABundle == "" {
 		return nil
@@ -247,6 +258,34 @@ func setupTrust(at func(string) string, cfg *guest.Config) error {
 		return err
 	}
 	return replaceFile(first, whole)
+}
+
+// setupTruststores replaces Java's trusted roots, where there are any.
+func setupTruststores(at func(string) string, cfg *guest.Config) error {
+	if cfg.Truststore == "" {
+		return nil
+	}
+	for _, pattern := range truststores {
+		// The pattern is a constant and well-formed.
+		files, _ := filepath.Glob(at(pattern))
+		for _, f := range files {
+			real, err := filepath.EvalSymlinks(f)
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			whole, err := os.ReadFile(at(cfg.Truststore))
+			if err != nil {
+				return err
+			}
+			if err := replaceFile(real, whole); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func appendCert(file, cert string, done map[string]bool) error {
