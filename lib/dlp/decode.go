@@ -225,9 +225,6 @@ func (p *pass) level(t []byte, parts []span, all bool, depth, base int) error {
 			return err
 		}
 	}
-	if err := p.folded(t, all, depth); err != nil {
-		return err
-	}
 	if err := p.narrow(t, all, depth); err != nil {
 		return err
 	}
@@ -289,21 +286,6 @@ func (p *pass) unpack(t []byte, pieces []piece, depth, base int) error {
 	return nil
 }
 
-// The two characters that case folding takes for ASCII letters, which regular
-// expressions follow and literals do not.
-var (
-	kelvin = []byte("\u212a")
-	longS  = []byte("\u017f")
-)
-
-func (p *pass) folded(t []byte, all bool, depth int) error {
-	if !bytes.Contains(t, kelvin) && !bytes.Contains(t, longS) {
-		return nil
-	}
-	f := bytes.ReplaceAll(bytes.ReplaceAll(t, kelvin, []byte("k")), longS, []byte("s"))
-	return p.derived(f, all, depth)
-}
-
 // narrow takes the zero bytes out of what looks like UTF-16 or UTF-32.
 func (p *pass) narrow(t []byte, all bool, depth int) error {
 	if n := bytes.Count(t, []byte{0}); n < 8 || n < len(t)/8 {
@@ -354,14 +336,23 @@ func (p *pass) runs(t []byte, s span, all bool, depth, base int) error {
 			i = min(s.to, p.skip-base)
 			continue
 		}
-		end, kinds := word(t, i)
-		if base >= 0 && end == len(t) && !all && end-i >= window/2 {
+		// A part may begin inside of a word: then nobody knows where a group of
+		// characters begins.
+		phases := 1
+		if i == s.from && i > 0 && alphabet[t[i-1]] != 0 {
+			phases = 4
+		}
+		end, kinds := word(t[:min(len(t), s.to+ahead)], i)
+		switch {
+		case base >= 0 && end == len(t) && !all:
 			if err := p.long(base+i, depth); err != nil {
 				return err
 			}
-		} else if end-i >= minRun {
-			if err := p.decode(t, span{i, end}, kinds, all, depth); err != nil {
-				return err
+		case end-i >= minRun:
+			for k := range min(phases, end-i-minRun+1) {
+				if err := p.decode(t, span{i + k, end}, kinds, all, depth); err != nil {
+					return err
+				}
 			}
 		}
 		i = end

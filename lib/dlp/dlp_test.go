@@ -145,9 +145,12 @@ var encodings = map[string]func(string) string{
 	},
 	"hex":           func(s string) string { return hex.EncodeToString([]byte(s)) },
 	"hex in a word": func(s string) string { return "x-" + hex.EncodeToString([]byte(s)) + "-y" },
-	"HEX":           func(s string) string { return strings.ToUpper(hex.EncodeToString([]byte(s))) },
-	"UTF-16":        func(s string) string { return wide16(s, false) },
-	"UTF-16 BE":     func(s string) string { return wide16(s, true) },
+	"folded letters": func(s string) string {
+		return strings.ReplaceAll(strings.ReplaceAll(s, "k", "\u212a"), "s", "\u017f")
+	},
+	"HEX":       func(s string) string { return strings.ToUpper(hex.EncodeToString([]byte(s))) },
+	"UTF-16":    func(s string) string { return wide16(s, false) },
+	"UTF-16 BE": func(s string) string { return wide16(s, true) },
 	"UTF-16 in base64": func(s string) string {
 		return base64.StdEncoding.EncodeToString([]byte(wide16(s+strings.Repeat(" and more text", 20), false)))
 	},
@@ -205,6 +208,13 @@ func TestOwnSecret(t *testing.T) {
 			t.Errorf("%q: %q, want %q", text, got, want)
 		}
 	}
+	// Characters that case folding takes for letters: the long s, the Kelvin sign.
+	folding := New(map[string]string{"K": "skeleton-key"}, NoisyRules)
+	for _, text := range []string{"\u017fkeleton-\u212aey", "a discord\u017f " + strings.ReplaceAll("sk_live_0123456789abcdefABCD", "k", "\u212a") + " b"} {
+		if f, err := folding.Scan(t.Context(), []byte(text), Options{}); err != nil || f == nil {
+			t.Errorf("%q: %v %v", text, f, err)
+		}
+	}
 	long := ""
 	for i := range 250 {
 		long += fmt.Sprintf("%04x", i*i)
@@ -232,13 +242,26 @@ func TestWindows(t *testing.T) {
 			}
 		}
 	}
+	// An upload in base64 that begins anywhere in a window and ends in another.
+	body := base64.StdEncoding.EncodeToString(slices.Concat(sources(t, 150<<10), []byte(" "+pat+" "), sources(t, 1000)))
+	for _, at := range []int{window - 170<<10, window - 100<<10, window - 20<<10, window - 300, window + 10<<10} {
+		for shift := range 4 {
+			text := []byte(string(filler[:at+shift]) + `"` + body + `"` + string(filler))
+			if got := scan(t, text, Options{}); got != "github-pat" {
+				t.Errorf("%q in base64 from %d on", got, at+shift)
+			}
+			if got := scan(t, gzipped(text), Options{Encodings: []string{"gzip"}}); got != "github-pat" {
+				t.Errorf("%q in base64 from %d on, behind gzip", got, at+shift)
+			}
+		}
+	}
 	// An upload in base64, longer than a window, compressed and not.
 	noise := sources(t, 900<<10)
 	for at := range 5 {
 		text := slices.Concat(noise[:at*150<<10], []byte(" "+pat+" "), noise[at*150<<10:])
 		for _, b := range [][]byte{text, gzipped(text)} {
-			body := []byte(asJSON("x" + strings.Repeat(" ", at+1) + base64.StdEncoding.EncodeToString(b)))
-			if got := scan(t, body, Options{}); got != "github-pat" {
+			body = asJSON("x" + strings.Repeat(" ", at+1) + base64.StdEncoding.EncodeToString(b))
+			if got := scan(t, []byte(body), Options{}); got != "github-pat" {
 				t.Errorf("%d: %q in %d bytes of base64", at, got, len(body))
 			}
 		}

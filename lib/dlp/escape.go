@@ -15,12 +15,13 @@ const around = 512
 
 // unescape takes the escapes out of t: backslashes as JSON, shells and
 // programming languages write them, percent signs, entities of HTML and XML,
-// U+0041, and quoted-printable where asked to. It appends to out and returns
+// U+0041, quoted-printable where asked to, and the two characters that case
+// folding takes for ASCII letters: expressions follow it, and literals do not. It appends to out and returns
 // it, with the parts of it that are near a change; none if nothing changed. What
 // is no escape stays as it is.
 func unescape(out, t []byte, quoted bool) ([]byte, []span) {
 	if bytes.IndexByte(t, '\\') < 0 && bytes.IndexByte(t, '%') < 0 && bytes.IndexByte(t, '&') < 0 &&
-		!quoted && !bytes.Contains(t, []byte("U+")) {
+		!quoted && !bytes.Contains(t, []byte("U+")) && !bytes.Contains(t, kelvin) && !bytes.Contains(t, longS) {
 		return out, nil
 	}
 	var changed []span
@@ -52,7 +53,12 @@ func unescape(out, t []byte, quoted bool) ([]byte, []span) {
 }
 
 // escapes are the bytes that an escape begins with.
-var escapes = [256]bool{'%': true, '\\': true, '&': true, '=': true, 'U': true}
+var escapes = [256]bool{'%': true, '\\': true, '&': true, '=': true, 'U': true, 0xe2: true, 0xc5: true}
+
+var (
+	kelvin = []byte("\u212a")
+	longS  = []byte("\u017f")
+)
 
 // escape decodes what t begins with: n bytes that stand for b, or 0 for none.
 func escape(t []byte, quoted bool) (b []byte, n int) {
@@ -76,6 +82,14 @@ func escape(t []byte, quoted bool) (b []byte, n int) {
 			if c, ok := hexByte(t, 1); ok {
 				return single[c][:], 3
 			}
+		}
+	case kelvin[0]:
+		if bytes.HasPrefix(t, kelvin) {
+			return single['k'][:], len(kelvin)
+		}
+	case longS[0]:
+		if bytes.HasPrefix(t, longS) {
+			return single['s'][:], len(longS)
 		}
 	case 'U':
 		if len(t) > 1 && t[1] == '+' {

@@ -237,7 +237,8 @@ func (p *pass) enabled(r int32) bool {
 func (p *pass) search(t []byte, from, to int, all bool) error {
 	for _, r := range p.open {
 		if p.enabled(r) {
-			if err := p.find(r, t, from, to, all); err != nil {
+			hi := min(len(t), to+p.rules[r].longest+1)
+			if err := p.find(r, t[:hi], from, to, all && hi == len(t)); err != nil {
 				return err
 			}
 		}
