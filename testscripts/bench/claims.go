@@ -42,6 +42,7 @@ var sections = []section{
 	{"fleet", (*bench).fleetOf},
 	{"allowlist", (*bench).allowlist},
 	{"gate", (*bench).gates},
+	{"dlp", (*bench).screening},
 	{"bulk", (*bench).bulk},
 }
 
