@@ -184,14 +184,26 @@ const Limit = 60 * time.Second
 // Do runs a program with stdin.
 func (w *World) Do(stdin io.Reader, name string, args ...string) Result {
 	w.T.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), Limit)
+	return w.within(Limit, stdin, name, args...)
+}
+
+// Long runs a program that may take some minutes, as a whole battery of probes
+// does.
+func (w *World) Long(name string, args ...string) Result {
+	w.T.Helper()
+	return w.within(10*time.Minute, nil, name, args...)
+}
+
+func (w *World) within(limit time.Duration, stdin io.Reader, name string, args ...string) Result {
+	w.T.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	cmd := w.Cmd(ctx, name, args...)
 	var out, stderr bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, &out, &stderr
 	err := cmd.Run()
 	if ctx.Err() != nil {
-		w.T.Fatalf("%s %q took more than %s\nstdout: %s\nstderr: %s", name, args, Limit, out.String(), stderr.String())
+		w.T.Fatalf("%s %q took more than %s\nstdout: %s\nstderr: %s", name, args, limit, out.String(), stderr.String())
 	}
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
