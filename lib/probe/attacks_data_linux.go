@@ -67,7 +67,7 @@ func dataProbes() []*probe {
 			return b.String()
 		})),
 		carrier("E07", "key-in-base64", "a GitHub token in base64", githubToken, body("Content-Type: text/plain\r\n", func(key string) string {
-			return "data=" + base64.StdEncoding.EncodeToString([]byte("token="+key+"\n"))
+			return "data=" + base64.StdEncoding.EncodeToString([]byte("token="+key+"\n")) + "\r\n"
 		})),
 		carrier("E08", "key-in-form", "a GitHub token in a multipart form", githubToken, body("Content-Type: multipart/form-data; boundary=xxbottlexx\r\n", func(key string) string {
 			return "--xxbottlexx\r\nContent-Disposition: form-data; name=\"f\"; filename=\"notes.txt\"\r\nContent-Type: text/plain\r\n\r\ntoken: " + key + "\r\n--xxbottlexx--\r\n"

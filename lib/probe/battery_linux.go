@@ -72,12 +72,12 @@ func (l *lab) battery(ctx context.Context, emit func(Result) error) error {
 	}
 	for _, c := range all {
 		r := results[c.ID]
-		if c.Needs != "" && r.Verdict == Held && results[c.Needs].Verdict != Works {
-			why := "failed"
-			if results[c.Needs].Verdict == NA {
-				why = "was not tried"
+		if r.Verdict == Held {
+			for _, id := range []string{c.Needs, stillWorks[c.Needs]} {
+				if why := unmet[results[id].Verdict]; id != "" && why != "" {
+					r.Verdict, r.Evidence = Void, fmt.Sprintf("%s (%s) %s, so that holding proves nothing", id, find(id).Name, why)
+				}
 			}
-			r.Verdict, r.Evidence = Void, fmt.Sprintf("%s (%s) %s, so that holding proves nothing", c.Needs, find(c.Needs).Name, why)
 		}
 		if err := emit(r); err != nil {
 			return err
@@ -85,6 +85,9 @@ func (l *lab) battery(ctx context.Context, emit func(Result) error) error {
 	}
 	return nil
 }
+
+// unmet says what is the matter with a control that has not worked.
+var unmet = map[Verdict]string{Fails: "failed", NA: "was not tried", Void: "proves nothing", "": "was not tried"}
 
 // batch lays out what its probes are to find, runs the sandbox command once, and
 // judges.
@@ -161,7 +164,7 @@ func (l *lab) judge(c *chosen) Result {
 	} else {
 		events = l.sightings(c.token, func(e event) bool { return c.counts(l, e) })
 		if len(events) > 0 {
-			got = evidence(events[0])
+			got = evidence(events[0], c.token)
 		}
 	}
 	switch {
@@ -185,7 +188,7 @@ func (l *lab) judge(c *chosen) Result {
 		for _, e := range events {
 			// Of several, one that is not as the document says.
 			if !l.excused(c, e) {
-				r.Evidence = evidence(e)
+				r.Evidence = evidence(e, c.token)
 				break
 			}
 		}

@@ -28,6 +28,7 @@ type probe struct {
 	Info
 	batch    string
 	control  bool
+	last     bool   // it runs when all others have
 	proxied  bool   // it is about proxies, and nothing without one
 	dns      string // how the allowed name resolves meanwhile
 	residual string
@@ -44,7 +45,7 @@ type probe struct {
 }
 
 // alone tells whether the probe must not run beside others.
-func (p *probe) alone() bool { return p.dns != "" || p.batch != batchMain }
+func (p *probe) alone() bool { return p.dns != "" || p.last || p.batch != batchMain }
 
 var catalog = func() []*probe {
 	all := slices.Concat(controls(), directProbes(), dnsProbes(), proxyProbes(), smuggling(), dataProbes(), hostProbes(), gitProbes(), lifeProbes())
@@ -87,8 +88,8 @@ func Choose(words []string) (ids []string, unknown string) {
 		for _, p := range catalog {
 			if strings.EqualFold(w, p.ID) || w == p.Name {
 				hit, want[p.ID] = true, true
-				if p.Needs != "" {
-					want[p.Needs] = true
+				for _, id := range []string{p.Needs, stillWorks[p.Needs]} {
+					want[id] = true
 				}
 			}
 		}
@@ -109,6 +110,17 @@ func info(id, name, needs, title string) Info {
 }
 
 func controls() []*probe {
+	all := firstControls()
+	for _, id := range []string{"C01", "C02"} {
+		p := *all[slices.IndexFunc(all, func(p *probe) bool { return p.ID == id })]
+		p.Info = info(stillWorks[id], p.Name+"-after", "", p.Title+", after all the rest")
+		p.last = true
+		all = append(all, &p)
+	}
+	return all
+}
+
+func firstControls() []*probe {
 	return []*probe{
 		{Info: info("C01", "control-http", "", "control: plain HTTP to the host that is allowed for it works"), control: true,
 			skip: func(l *lab) string { return missing(l.o.AllowHTTP, "--allow-http") },
@@ -139,6 +151,10 @@ func controls() []*probe {
 			seen: func(l *lab, _ string, e event) bool { return e.Server == "tls" && e.Dst == l.at(l.zone.AllowIP, 443) }},
 	}
 }
+
+// stillWorks are the controls that are tried once more in the end: a gate that
+// lets nothing through any more, since it was annoyed, has held for that reason.
+var stillWorks = map[string]string{"C01": "C06", "C02": "C07"}
 
 func missing(value, flag string) string {
 	if value == "" {
@@ -182,8 +198,11 @@ func messages(token string, e event) []request {
 	return slices.DeleteFunc(parseStream(e.Data), func(r request) bool { return !carries(event{Data: r.raw}, token) })
 }
 
-// evidence describes a sighting in one line.
-func evidence(e event) string {
+// evidence describes a sighting of a token in one line.
+func evidence(e event, token string) string {
+	if own := messages(token, e); len(own) > 0 {
+		e.Data = own[0].raw
+	}
 	s := "canary " + e.Server + " at " + e.Dst
 	if e.SNI != "" {
 		s += fmt.Sprintf(", server name %q", e.SNI)

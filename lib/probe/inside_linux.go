@@ -3,6 +3,7 @@ package probe
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/base64"
@@ -16,6 +17,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -82,10 +84,18 @@ func client(args []string, stdout io.Writer) error {
 		}()
 	}
 	wg.Wait()
+	slices.SortStableFunc(one, func(a, b task) int { return cmp.Compare(order(a), order(b)) })
 	for _, t := range one {
 		c.run(find(t.ID), t.Token)
 	}
 	return nil
+}
+
+func order(t task) int {
+	if find(t.ID).last {
+		return 1
+	}
+	return 0
 }
 
 // run tries one probe, and not for ever: what it waits for may never come.

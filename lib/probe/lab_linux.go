@@ -292,7 +292,7 @@ func (l *lab) sightings(token string, only func(event) bool) []event {
 
 func (l *lab) sighting(token string, only func(event) bool) string {
 	if all := l.sightings(token, only); len(all) > 0 {
-		return evidence(all[0])
+		return evidence(all[0], token)
 	}
 	return ""
 }
