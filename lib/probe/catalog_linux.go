@@ -48,7 +48,7 @@ type probe struct {
 func (p *probe) alone() bool { return p.dns != "" || p.last || p.batch != batchMain }
 
 var catalog = func() []*probe {
-	all := slices.Concat(controls(), directProbes(), dnsProbes(), proxyProbes(), smuggling(), dataProbes(), hostProbes(), gitProbes(), lifeProbes())
+	all := slices.Concat(controls(), liveControls(), directProbes(), dnsProbes(), proxyProbes(), smuggling(), dataProbes(), hostProbes(), gitProbes(), lifeProbes())
 	for _, p := range all {
 		if p.batch == "" {
 			p.batch = batchMain

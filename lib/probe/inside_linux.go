@@ -64,6 +64,7 @@ func client(args []string, stdout io.Writer) error {
 	if len(c.ways) > 1 {
 		c.say(word{Proxied: true})
 	}
+	_ = os.MkdirAll(c.Workspace, 0o755)
 	var one []task
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, 6)

@@ -49,6 +49,7 @@ type lab struct {
 	git       string // the program, "" where there is none
 	protected map[string][]byte
 	baitCA    string
+	audit     string // the log of a running bottle
 	// noTerminal is why R03 cannot be decided, or "".
 	noTerminal string
 	pushed     string
@@ -171,22 +172,31 @@ func (l *lab) hostCanaries(ctx context.Context, ca *authority) error {
 	if err := c.listen("127.0.0.1", []int{53}); err != nil {
 		return err
 	}
+	if _, err := l.sockets(c); err != nil {
+		return err
+	}
+	l.vsock(c)
+	return nil
+}
+
+// sockets are those of the host that are not of its networks.
+func (l *lab) sockets(c *canary) (open []io.Closer, err error) {
 	run := filepath.Join(l.dir, "run")
 	for server, path := range map[string]string{"abstract": "@" + l.spec.Abstract, "docker.sock": filepath.Join(run, "docker.sock"),
 		"ssh-agent": filepath.Join(run, "agent.sock"), "dbus": filepath.Join(run, "bus"), "other-gate": otherGate(l.spec.Home)} {
 		if path[0] != '@' {
 			if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-				return err
+				return open, err
 			}
 		}
 		s, err := net.Listen("unix", path)
 		if err != nil {
-			return err
+			return open, err
 		}
+		open = append(open, s)
 		c.serve(s, server)
 	}
-	l.vsock(c)
-	return nil
+	return open, nil
 }
 
 // vsock listens where the host's kernel has it. The address of a machine above

@@ -17,6 +17,11 @@ func Run(context.Context, Options, io.Writer, func(Result) error) error {
 	return fault.New(fault.Host, "no_lab", "the laboratory needs Linux's namespaces")
 }
 
+// Live refuses as Run does.
+func Live(context.Context, string, func(string) string, func(Result) error) error {
+	return fault.New(fault.Host, "no_lab", "the battery needs Linux")
+}
+
 // List has nothing to tell here.
 func List() []Info { return nil }
 

@@ -17,9 +17,13 @@ func Role(args []string, stdin io.Reader, stdout, stderr io.Writer) (status int,
 
 // Run is bottle-probe as a value; it returns the exit status.
 func Run(ctx context.Context, p *tool.Proc) int {
+	var pretty, list bool
+	fs := p.Flags("bottle-probe")
+	fs.BoolVar(&pretty, "pretty", false, "a table, for people")
+	fs.BoolVar(&list, "list", false, "the same as the verb list")
 	return p.Run(ctx, &tool.Command{
 		Name:       "bottle-probe",
-		ShortUsage: "bottle-probe run --allow HOST --deny HOST --sandbox 'CMD with @PROBE' | list",
+		ShortUsage: "bottle-probe run --allow HOST --deny HOST --sandbox 'CMD with @PROBE' | list | [--pretty] ID",
 		ShortHelp:  "try to get out of a sandbox, and report what got out",
 		LongHelp: `
 A leak battery for any sandbox that can start a command. It makes two networks
@@ -31,17 +35,27 @@ is what a canary server received or the host's own files say.
   bottle-probe run --allow allowed.test --deny denied.test --pretty \
       --sandbox 'bwrap --unshare-all --ro-bind / / --bind @WORKSPACE @WORKSPACE --proc /proc --dev /dev @PROBE'
 
+With the ID of a running bottle it tries what can be decided beside one: the
+host's loopback, sockets, processes and files. The rest takes the laboratory.
+
 docs/probe.md has more, and how well-known sandboxes do.`,
-		FlagSet:     p.Flags("bottle-probe"),
+		FlagSet:     fs,
 		Subcommands: []*tool.Command{runCommand(p), listCommand(p)},
-		Exec: func(_ context.Context, args []string) error {
+		Exec: func(ctx context.Context, args []string) error {
 			if err := tool.CheckArgs(args); err != nil {
 				return err
 			}
-			if len(args) == 0 {
-				return fault.New(fault.Usage, "usage", "a verb is missing").WithHint("one of run, list")
+			switch {
+			case list && len(args) == 0:
+				return printList(p, pretty)
+			case list:
+				return fault.New(fault.Usage, "usage", "unexpected argument %q", args[0]).WithHint("--list takes none")
+			case len(args) == 0:
+				return fault.New(fault.Usage, "usage", "a verb or a bottle is missing").WithHint("one of run, list, or the ID of a running bottle")
+			case len(args) > 1:
+				return fault.New(fault.Usage, "usage", "unexpected argument %q", args[1]).WithHint("one of run, list, or the ID of a running bottle")
 			}
-			return fault.New(fault.Usage, "usage", "unknown verb %q", args[0]).WithHint("one of run, list")
+			return report(p, pretty, func(emit func(probe.Result) error) error { return probe.Live(ctx, args[0], p.Getenv, emit) })
 		},
 	})
 }

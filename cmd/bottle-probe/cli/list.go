@@ -28,26 +28,30 @@ id, name, title, and needs: the control without which the probe proves nothing.
 			if err := tool.NoArgs(args); err != nil {
 				return err
 			}
-			if pretty {
-				w := tabwriter.NewWriter(p.Stdout, 0, 0, 2, ' ', 0)
-				for _, i := range probe.List() {
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", i.ID, i.Name, i.Needs, i.Title)
-				}
-				return writing(w.Flush())
-			}
-			out := p.StdoutOutput()
-			for _, i := range probe.List() {
-				line, err := plan.Encode(i)
-				if err == nil {
-					err = out.WriteLine(line)
-				}
-				if err != nil {
-					return err
-				}
-			}
-			return nil
+			return printList(p, pretty)
 		},
 	}
+}
+
+func printList(p *tool.Proc, pretty bool) error {
+	if pretty {
+		w := tabwriter.NewWriter(p.Stdout, 0, 0, 2, ' ', 0)
+		for _, i := range probe.List() {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", i.ID, i.Name, i.Needs, i.Title)
+		}
+		return writing(w.Flush())
+	}
+	out := p.StdoutOutput()
+	for _, i := range probe.List() {
+		line, err := plan.Encode(i)
+		if err == nil {
+			err = out.WriteLine(line)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func writing(err error) error {

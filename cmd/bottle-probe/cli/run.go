@@ -172,15 +172,21 @@ func (f *runFlags) run(ctx context.Context, p *tool.Proc) error {
 	if err != nil {
 		return err
 	}
+	return report(p, f.pretty, func(emit func(probe.Result) error) error { return probe.Run(ctx, o, p.Stderr, emit) })
+}
+
+// report prints the results of a battery, and gives the exit status that follows
+// from them.
+func report(p *tool.Proc, pretty bool, battery func(emit func(probe.Result) error) error) error {
 	bad := 0
 	counts := map[probe.Verdict]int{}
 	out := p.StdoutOutput()
-	err = probe.Run(ctx, o, p.Stderr, func(r probe.Result) error {
+	err := battery(func(r probe.Result) error {
 		counts[r.Verdict]++
 		if r.Bad() {
 			bad++
 		}
-		if f.pretty {
+		if pretty {
 			return out.WriteLine([]byte(strings.TrimRight(fmt.Sprintf("%-4s %-9s %-24s %s", r.ID, mark(r.Verdict), r.Name, words(r)), " ")))
 		}
 		line, err := plan.Encode(r)
@@ -196,7 +202,7 @@ func (f *runFlags) run(ctx context.Context, p *tool.Proc) error {
 	if err != nil {
 		return err
 	}
-	if f.pretty {
+	if pretty {
 		if err := out.WriteLine([]byte(summary(counts))); err != nil {
 			return err
 		}
