@@ -48,6 +48,7 @@ var untested = map[string]string{
 	"host_uid":           "up gives a plain user's own ids",
 	"run_dir_long":       "the registry gives runtime folders that are short enough",
 	// Hosts that this one is not.
+	"no_canaries":        "a host without a loopback interface",
 	"no_inotify":         "a kernel without inotify",
 	"no_lab_folder":      "a host whose temporary folder is full",
 	"no_mount_namespace": "a host that forbids mount namespaces to root",

@@ -52,18 +52,18 @@ func (l *lab) logged(token string) string {
 
 // Live tries to get out of a running bottle: to services on the host's loopback,
 // its sockets, processes and files, which are all canaries of its own. Whatever
-// was started or copied is gone afterwards. Errors are faults: bottle_gone and
-// the like of lib/state, and no_client where the client cannot run in it.
+// was started or copied is gone afterwards. Errors are faults: those of
+// state.Find, and no_client where the client cannot run in it.
 func Live(ctx context.Context, id string, getenv func(string) string, emit func(Result) error) error {
-	if err := static("/proc/self/exe"); err != nil {
-		return err
-	}
 	root, err := state.Open(getenv)
 	if err != nil {
 		return err
 	}
 	b, err := root.Find(id)
 	if err != nil {
+		return err
+	}
+	if err := static("/proc/self/exe"); err != nil {
 		return err
 	}
 	tool, err := beside("bottle-vm")

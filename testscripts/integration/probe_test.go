@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/tidwall/gjson"
@@ -171,4 +172,48 @@ func TestProbeBwrap(t *testing.T) {
 	all := verdicts(t, w, "--allow", "allowed.test", "--deny", "denied.test", "--only", "direct-tcp,udp,dns-libc,abstract-socket,docker-socket,environment,git-hook,control-workspace",
 		"--sandbox", "bwrap --unshare-all --die-with-parent --ro-bind / / --bind @WORKSPACE @WORKSPACE --proc /proc --dev /dev @PROBE")
 	expect(t, all, map[string]string{"S02": "leak", "S03": "leak", "S09": "leak", "C03": "works"}, "held")
+}
+
+// TestProbeLive: beside a running bottle, with nothing left in it afterwards.
+func TestProbeLive(t *testing.T) {
+	harness.EachUser(t, func(t *testing.T, w *harness.World) {
+		w.Manifest(`"runtime":"gvisor","egress":{"allow":["allowed.test"]}`)
+		id := w.Up()
+		before := w.Exec(id, "ls -a /tmp /workspace").Out
+		r := w.Long("bottle-probe", id)
+		all := map[string]gjson.Result{}
+		for _, line := range strings.Split(strings.TrimSpace(r.Out), "\n") {
+			all[gjson.Get(line, "id").Str] = gjson.Parse(line)
+		}
+		if r.Code != 0 || r.Stderr != "" || len(all) < 100 {
+			t.Fatalf("%+v", r)
+		}
+		for _, id := range []string{"N03", "L01", "X24", "X25", "S01", "S02", "S07", "S12", "S15"} {
+			if all[id].Get("verdict").Str != "held" {
+				t.Errorf("%s", all[id].Raw)
+			}
+		}
+		if all["C08"].Get("verdict").Str != "works" || all["X10"].Get("verdict").Str != "n/a" {
+			t.Errorf("%s\n%s", all["C08"].Raw, all["X10"].Raw)
+		}
+		if after := w.Exec(id, "ls -a /tmp /workspace").Out; after != before {
+			t.Errorf("left in the bottle: %s, was %s", after, before)
+		}
+		// One whose keeper is dead cannot be asked: no_client.
+		doc := w.Read(filepath.Join(w.State, "bottle", "bottles", id, "document.json"))
+		pid := int(gjson.Get(doc, "vm.keeper.pid").Int())
+		if pid == 0 {
+			t.Fatalf("no keeper in %s", doc)
+		}
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		if r := w.Do(nil, "bottle-probe", id); r.Code != 69 || !contains(r.Stderr, "the client does not run in the bottle") {
+			t.Errorf("no_client: %+v", r)
+		}
+		w.OK("bottle-gc --apply --min-age 0s")
+		if r := w.Do(nil, "bottle-probe", "nobody"); r.Code != 66 || !contains(r.Stderr, `no bottle "nobody"`) {
+			t.Errorf("%+v", r)
+		}
+	})
 }
