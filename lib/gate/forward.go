@@ -117,6 +117,7 @@ type exchange struct {
 	tr       *http.Transport
 	injector *injector // nil if no secret goes in
 	flush    func()    // towards the guest
+	guest    net.Conn  // the connection that it came from
 	sent     *counted
 	body     *body
 	over     atomic.Bool
@@ -163,7 +164,7 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 	}
 	defer fl.end()
 	r = r.WithContext(fl.ctx)
-	x := &exchange{gate: g, flow: fl, event: &e, host: t.host, port: t.port, tr: g.direct}
+	x := &exchange{gate: g, flow: fl, event: &e, host: t.host, port: t.port, tr: g.direct, guest: connOf(r).Conn}
 	if t.scheme == "https" {
 		x.injector = g.inject[t.host]
 	} else if g.leavesByProxy(t.Rule) {
@@ -359,7 +360,7 @@ func (x *exchange) answer(r *http.Request) *http.Response {
 	if _, ok := resp.Header["Content-Type"]; !ok {
 		resp.Header["Content-Type"] = nil // or net/http guesses one
 	}
-	x.body = &body{ReadCloser: resp.Body, resp: resp, flush: x.flush}
+	x.body = &body{ReadCloser: resp.Body, resp: resp, flush: x.flush, guest: x.guest}
 	if x.injector != nil {
 		// The names of trailers are announced in the head.
 		names := x.injector.mask.maskHeader(resp.Trailer)
@@ -493,6 +494,7 @@ type body struct {
 	mask   *maskReader // nil: nothing to look for
 	masked bool
 	flush  func()
+	guest  net.Conn // where it goes
 	n      int64
 }
 
@@ -517,10 +519,11 @@ func (b *body) WriteTo(w io.Writer) (total int64, err error) {
 	if b.resp.ContentLength < 0 {
 		b.flush() // the head, while the first event may be far off
 	}
-	buf := buffers.Get().(*[64 << 10]byte)
-	defer buffers.Put(buf)
+	small := buffers.Get().(*[64 << 10]byte)
+	defer buffers.Put(small)
+	buf, tried := small[:], false
 	for {
-		n, rerr := b.Read(buf[:])
+		n, rerr := b.Read(buf)
 		if n > 0 {
 			m, werr := w.Write(buf[:n])
 			total += int64(m)
@@ -528,6 +531,13 @@ func (b *body) WriteTo(w io.Writer) (total int64, err error) {
 				return total, werr
 			}
 			b.flush()
+			if total >= bulkAfter && !tried {
+				tried = true
+				if large, done := bulk(b.guest); large != nil {
+					defer done()
+					buf = large
+				}
+			}
 		}
 		switch {
 		case rerr == io.EOF:

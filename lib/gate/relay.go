@@ -188,7 +188,7 @@ func (r *relaying) copy(dst, src net.Conn) (total int64, err error) {
 	if move == nil {
 		move = func() (int, error) { return 0, errNoSplice }
 	}
-	wide := false
+	tried := false
 	var armed time.Time
 	for {
 		if now := time.Now(); now.Sub(armed) > r.limit()/16 {
@@ -203,9 +203,11 @@ func (r *relaying) copy(dst, src net.Conn) (total int64, err error) {
 		if n > 0 {
 			r.touch()
 			total += int64(n)
-			if total >= bulkAfter && !wide {
-				wide = true
-				defer widen(dst)()
+			if total >= bulkAfter && !tried {
+				tried = true
+				if done, ok := widen(dst); ok {
+					defer done()
+				}
 			}
 		}
 		switch {
@@ -227,25 +229,43 @@ const (
 	maxBulk    = 64
 )
 
-var bulkSlots = make(chan struct{}, maxBulk)
+var (
+	bulkSlots   = make(chan struct{}, maxBulk)
+	bulkBuffers = sync.Pool{New: func() any { return new([bulkBuffer]byte) }}
+)
 
-// widen gives a guest's connection more room for what it has not read yet, as
-// long as it is copied to, which the result ends. Towards hosts TCP sees to it.
-func widen(dst net.Conn) func() {
-	r, ok := dst.(*replayed)
-	if !ok {
-		return func() {}
+// widen gives a guest's connection more room for what it has not read yet. ok is
+// false where there is no place, or dst is no guest's; otherwise done is called
+// once nothing more is sent.
+func widen(dst net.Conn) (done func(), ok bool) {
+	if r, is := dst.(*replayed); is {
+		dst = r.guestConn
 	}
-	c, ok := r.Conn.(*net.UnixConn)
-	if !ok {
-		return func() {}
+	g, is := dst.(*guestConn)
+	if !is {
+		return nil, false // towards hosts TCP sees to it
 	}
 	select {
 	case bulkSlots <- struct{}{}:
-		_ = c.SetWriteBuffer(bulkBuffer)
-		return func() { <-bulkSlots }
 	default:
-		return func() {}
+		return nil, false
+	}
+	if c, is := g.Conn.(*net.UnixConn); is {
+		_ = c.SetWriteBuffer(bulkBuffer)
+	}
+	return func() { <-bulkSlots }, true
+}
+
+// bulk is widen with a buffer of that size, nil where there is no place.
+func bulk(dst net.Conn) (buf []byte, done func()) {
+	release, ok := widen(dst)
+	if !ok {
+		return nil, nil
+	}
+	b := bulkBuffers.Get().(*[bulkBuffer]byte)
+	return b[:], func() {
+		bulkBuffers.Put(b)
+		release()
 	}
 }
 

@@ -46,6 +46,8 @@ func checkClients(t *testing.T, w *harness.World, id string, u *upstream, web, d
 	tlsURL := fmt.Sprintf("https://allowed.test:%d/x", u.port)
 	for _, c := range []struct{ program, script, want string }{
 		{"curl", "curl -sS -m 20 " + tlsURL, "served allowed.test/x"},
+		{"curl", "curl -6 -sS -m 20 " + tlsURL, "served allowed.test/x"},
+		{"curl", "curl -4 -sS -m 20 " + tlsURL, "served allowed.test/x"},
 		{"curl", fmt.Sprintf("curl -sS -m 20 https://b.wild.test:%d/w", u.port), "served b.wild.test/w"},
 		{"curl", fmt.Sprintf("curl -sS -m 20 http://plain.test:%d/p", web), "plain plain.test"},
 		{"python3", fmt.Sprintf(`python3 -c 'import http.client as h; c = h.HTTPSConnection("allowed.test", %d, timeout=20); c.request("GET", "/py"); print(c.getresponse().read())'`, u.port), "served allowed.test/py"},

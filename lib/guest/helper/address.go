@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -44,6 +45,8 @@ func ownNames() ([]netip.Addr, error) {
 	return ips, addAddresses(all)
 }
 
+// addAddresses sends one RTM_NEWADDR for each in one packet, of which the last asks
+// for the kernel's word (rtnetlink(7)); a failure of another is told unasked.
 func addAddresses(all []netip.Prefix) error {
 	if len(all) == 0 {
 		return nil
@@ -53,16 +56,40 @@ func addAddresses(all []netip.Prefix) error {
 		return fmt.Errorf("netlink: %w", err)
 	}
 	defer unix.Close(fd)
-	for _, p := range all {
-		if err := addAddress(fd, p); err != nil {
-			return fmt.Errorf("address %s: %w", p, err)
+	var msgs []byte
+	for i, p := range all {
+		msgs = appendAddress(msgs, p, uint32(i), i == len(all)-1)
+	}
+	if err := unix.Sendto(fd, msgs, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return fmt.Errorf("netlink: %w", err)
+	}
+	buf := make([]byte, 8<<10)
+	for {
+		n, _, err := unix.Recvfrom(fd, buf, 0)
+		if err != nil {
+			return fmt.Errorf("netlink: %w", err)
+		}
+		answers, err := syscall.ParseNetlinkMessage(buf[:n])
+		if err != nil {
+			return fmt.Errorf("netlink: %w", err)
+		}
+		for _, a := range answers {
+			i := int(a.Header.Seq)
+			if a.Header.Type != unix.NLMSG_ERROR || len(a.Data) < 4 || i >= len(all) {
+				return errors.New("netlink: the kernel's answer makes no sense")
+			}
+			errno := syscall.Errno(-int32(binary.NativeEndian.Uint32(a.Data)))
+			if errno != 0 && errno != unix.EEXIST {
+				return fmt.Errorf("address %s: %w", all[i], errno)
+			}
+			if i == len(all)-1 {
+				return nil
+			}
 		}
 	}
-	return nil
 }
 
-// addAddress sends one RTM_NEWADDR and waits for the kernel's word, rtnetlink(7).
-func addAddress(fd int, p netip.Prefix) error {
+func appendAddress(msgs []byte, p netip.Prefix, seq uint32, ack bool) []byte {
 	ip, family := p.Addr(), byte(unix.AF_INET6)
 	if ip.Is4() {
 		family = unix.AF_INET
@@ -70,29 +97,20 @@ func addAddress(fd int, p netip.Prefix) error {
 	if p.Bits() < ip.BitLen()-1 {
 		ip = ip.Next() // the first is the network's own name
 	}
+	flags := uint16(unix.NLM_F_REQUEST | unix.NLM_F_CREATE)
+	if ack {
+		flags |= unix.NLM_F_ACK
+	}
 	raw := ip.AsSlice()
-	attr := binary.NativeEndian.AppendUint16(nil, uint16(unix.SizeofRtAttr+len(raw)))
-	attr = append(binary.NativeEndian.AppendUint16(attr, unix.IFA_LOCAL), raw...)
-	msg := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+unix.SizeofIfAddrmsg+len(attr)))
-	msg = binary.NativeEndian.AppendUint16(msg, unix.RTM_NEWADDR)
-	msg = binary.NativeEndian.AppendUint16(msg, unix.NLM_F_REQUEST|unix.NLM_F_ACK|unix.NLM_F_CREATE)
-	msg = append(msg, make([]byte, 8)...) // sequence number and port
-	msg = append(msg, family, byte(p.Bits()), unix.IFA_F_NODAD, unix.RT_SCOPE_HOST)
-	msg = append(binary.NativeEndian.AppendUint32(msg, loopback), attr...)
-	if err := unix.Sendto(fd, msg, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return err
-	}
-	buf := make([]byte, 4096)
-	n, _, err := unix.Recvfrom(fd, buf, 0)
-	if err != nil {
-		return err
-	}
-	if n < unix.SizeofNlMsghdr+4 || binary.NativeEndian.Uint16(buf[4:]) != unix.NLMSG_ERROR {
-		return errors.New("the kernel's answer makes no sense")
-	}
-	errno := -int32(binary.NativeEndian.Uint32(buf[unix.SizeofNlMsghdr:]))
-	if errno != 0 && unix.Errno(errno) != unix.EEXIST {
-		return unix.Errno(errno)
-	}
-	return nil
+	e := binary.NativeEndian
+	msgs = e.AppendUint32(msgs, uint32(unix.SizeofNlMsghdr+unix.SizeofIfAddrmsg+unix.SizeofRtAttr+len(raw)))
+	msgs = e.AppendUint16(msgs, unix.RTM_NEWADDR)
+	msgs = e.AppendUint16(msgs, flags)
+	msgs = e.AppendUint32(msgs, seq)
+	msgs = e.AppendUint32(msgs, 0) // the kernel's port
+	msgs = append(msgs, family, byte(p.Bits()), unix.IFA_F_NODAD, unix.RT_SCOPE_HOST)
+	msgs = e.AppendUint32(msgs, loopback)
+	msgs = e.AppendUint16(msgs, uint16(unix.SizeofRtAttr+len(raw)))
+	msgs = e.AppendUint16(msgs, unix.IFA_LOCAL)
+	return append(msgs, raw...) // of four bytes or sixteen: aligned
 }

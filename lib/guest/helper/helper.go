@@ -53,9 +53,8 @@ func Run(configPath string, stderr io.Writer) error {
 	if err := ready(); err != nil {
 		return err
 	}
-	// What nobody waits for: it takes as long as the rest of the start.
-	if err := names.spread(); err != nil {
-		fmt.Fprintf(stderr, "no IPv6 addresses for names: %v\n", err)
+	if err := names.complete(); err != nil {
+		fmt.Fprintf(stderr, "names: %v\n", err)
 	}
 	if err := drop(unix.CAP_NET_BIND_SERVICE); err != nil {
 		return err

@@ -42,10 +42,11 @@ const (
 
 // names is what the resolver and the listeners share.
 type names struct {
-	asker  *asker
-	relay  *relay // to the gate
-	stderr io.Writer
-	slots  chan struct{} // connections at one time
+	asker    *asker
+	resolver *resolver
+	relay    *relay // to the gate
+	stderr   io.Writer
+	slots    chan struct{} // connections at one time
 
 	mu        sync.Mutex
 	byName    map[string]*entry
@@ -91,25 +92,26 @@ func newNames(r *relay, stderr io.Writer) *names {
 // start begins to resolve, and to listen for the addresses that the policy opens
 // as such.
 func (n *names) start(addresses []guest.Address) error {
-	packets, err := net.ListenPacket("udp", resolverAddress)
-	if err != nil {
-		return fmt.Errorf("resolver: %w", err)
-	}
-	streams, err := listenTCP(resolverAddress)
+	packets, err := net.ListenPacket("udp4", resolverAddress)
 	if err != nil {
 		return fmt.Errorf("resolver: %w", err)
 	}
 	if err := n.listenLiterals(addresses); err != nil {
 		return err
 	}
-	r := newResolver(n.resolve)
-	go r.servePackets(packets)
-	go r.serveStreams(streams)
+	n.resolver = newResolver(n.resolve)
+	go n.resolver.servePackets(packets)
 	return nil
 }
 
-// spread gives the names IPv6 addresses, once the guest has them.
-func (n *names) spread() error {
+// complete does what nobody waits for: it resolves over TCP, too, and gives names
+// IPv6 addresses.
+func (n *names) complete() error {
+	streams, err := listenTCP(resolverAddress)
+	if err != nil {
+		return fmt.Errorf("resolver: %w", err)
+	}
+	go n.resolver.serveStreams(streams)
 	all, err := ownNames()
 	if err != nil {
 		return err

@@ -328,11 +328,11 @@ func TestLiteralAddresses(t *testing.T) {
 			}
 		}
 		n, _ := testNames(t, g)
-		if err := n.listenLiterals(addresses); err != nil {
+		if err := n.start(addresses); err != nil { // nobody else has its port here
 			t.Error(err)
 			return
 		}
-		if err := n.spread(); err != nil {
+		if err := n.complete(); err != nil {
 			t.Error(err)
 			return
 		}
