@@ -146,7 +146,12 @@ func (s *student) hear(d Decision, n int) {
 			return
 		}
 	}
-	s.want(e, port, cmp.Or(protocol, "tls")).hear(d, served, n)
+	pin, err := pinOf(d)
+	if err != nil {
+		s.asides[aside{d.Host, fault.As(err).Msg}] += n
+		return
+	}
+	s.want(e, port, cmp.Or(protocol, "tls")).hear(d, pin, served, n)
 }
 
 func (s *student) want(e policy.Entry, port int, protocol string) *want {
@@ -160,7 +165,22 @@ func (s *student) want(e policy.Entry, port int, protocol string) *want {
 	return s.wants[at][protocol]
 }
 
-func (w *want) hear(d Decision, served bool, n int) {
+// pinOf is the address that was dialled for a name, if only naming it opens it.
+// The fault is for one that nothing opens, which no gate has dialled.
+func pinOf(d Decision) (string, error) {
+	ip, err := netip.ParseAddrPort(d.Address)
+	if _, isIP := netip.ParseAddr(d.Host); err != nil || isIP == nil {
+		return "", nil
+	}
+	a := ip.Addr().WithZone("").Unmap()
+	if policy.CheckAddr(nil, a, nil) == nil {
+		return "", nil
+	}
+	_, err = policy.NormalizeAddress(a.String())
+	return a.String(), err
+}
+
+func (w *want) hear(d Decision, pin string, served bool, n int) {
 	switch {
 	case d.Kind == audit.KindLookup:
 		w.looked += n
@@ -169,13 +189,8 @@ func (w *want) hear(d Decision, served bool, n int) {
 	default:
 		w.denied += n
 	}
-	ip, err := netip.ParseAddrPort(d.Address)
-	if _, isIP := netip.ParseAddr(d.Host); err != nil || isIP == nil {
-		return
-	}
-	a := ip.Addr().WithZone("").Unmap()
-	if policy.CheckAddr(nil, a, nil) != nil && !slices.Contains(w.pins, a.String()) {
-		w.pins = append(w.pins, a.String())
+	if pin != "" && !slices.Contains(w.pins, pin) {
+		w.pins = append(w.pins, pin)
 	}
 }
 
@@ -204,10 +219,10 @@ func (s *student) entries() []Entry {
 		allowed, denied, looked int
 		pins, requests          []string
 	}
-	sums := map[key]*sum{}
+	sums, connected := map[key]*sum{}, s.connected()
 	for at := range s.wants {
 		protocol, w := s.choose(at)
-		if w.allowed+w.denied == 0 && s.connected(at) {
+		if w.allowed+w.denied == 0 && connected[at.host] {
 			continue // looked up first, and then connected to on another port
 		}
 		slices.Sort(w.pins)
@@ -255,15 +270,18 @@ func (s *student) known(at endpoint, protocol string) (requests []string, why st
 	return requests, d.Rule.Why
 }
 
-func (s *student) connected(at endpoint) bool {
-	for other, ws := range s.wants {
+// connected are the hosts to which somebody connected: of the others the port is
+// not known.
+func (s *student) connected() map[string]bool {
+	hosts := map[string]bool{}
+	for at, ws := range s.wants {
 		for _, w := range ws {
-			if other.host == at.host && w.allowed+w.denied > 0 {
-				return true
+			if w.allowed+w.denied > 0 {
+				hosts[at.host] = true
 			}
 		}
 	}
-	return false
+	return hosts
 }
 
 func counted(allowed, denied, looked int) string {

@@ -10,9 +10,11 @@ package replay
 import (
 	"errors"
 	"io"
+	"slices"
 
 	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/policy"
 )
 
 // Decision is a decision of a gate, and how often it was taken.
@@ -118,6 +120,8 @@ func (l *Log) take(line audit.Line) error {
 		return notALine(line, "it holds a decision without a verdict")
 	case e.Port < 0 || e.Port > 65535:
 		return notALine(line, "its port does not exist")
+	case e.Protocol != "" && !slices.Contains(policy.Protocols, e.Protocol):
+		return notALine(line, "its protocol is unknown")
 	case e.Host == "":
 		return nil // too many connections or lookups, and nobody knows where to
 	}

@@ -200,6 +200,7 @@ func TestReadRefuses(t *testing.T) {
 		{"a line that a crash cut, and a gate that knows of it", good + `{"time":"20` + "\n" + strings.Replace(good, `"seq":1`, `"seq":2,"torn":{"bytes":12,"sha256":"x"}`, 1), "", "", false},
 		{"a line without its end", good + `{"time":"20`, "", "", true},
 		{"no verdict", strings.Replace(good, `"deny"`, `"maybe"`, 1), "bad_audit_log", ":1", false},
+		{"no protocol", strings.Replace(good, `"port"`, `"protocol":"odd","port"`, 1), "bad_audit_log", ":1", false},
 		{"no port", strings.Replace(good, `443`, `70000`, 1), "bad_audit_log", ":1", false},
 	} {
 		path := filepath.Join(t.TempDir(), "audit.jsonl")
@@ -448,4 +449,39 @@ func TestLearnServes(t *testing.T) {
 			}
 		}
 	}
+}
+
+// FuzzLog: whatever bytes are called an audit log, they are refused with a
+// place, or what is learned of them makes a good manifest.
+func FuzzLog(f *testing.F) {
+	const line = `{"bottle":"dev-00000000","seq":1,"event":"connect","verdict":"deny","code":"not_in_allowlist","host":"a.test","port":443}` + "\n"
+	for _, s := range []string{"", "\n", line, line + line, strings.Replace(line, "a.test", `\u0000`, 1), strings.Replace(line, "443", "0", 1), strings.Replace(line, "a.test", "10.0.0.1", 1),
+		strings.Replace(line, `"deny","code":"not_in_allowlist"`, `"allow","protocol":"odd","address":"[::1]:443"`, 1), strings.Replace(line, "connect", "request", 1),
+		strings.Replace(line, `"deny","code":"not_in_allowlist"`, `"allow","protocol":"http","address":"10.0.0.1:80"`, 1), line + "x", "{}\n" + line} {
+		f.Add(s)
+	}
+	const text = `{"format_version":"1.0","bottles":{"dev":{"egress":{"presets":["anthropic"],"allow":["api.test"],"inspect":["api.test"],"deny":["no.test"]}}},"agents":{"a":{"bottle":"dev","command":["a"]}}}`
+	b := load(f, text)
+	f.Fuzz(func(t *testing.T, s string) {
+		l := &Log{}
+		if err := l.ReadStream(strings.NewReader(s), "stdin"); err != nil {
+			if e := fault.As(err); e.Exit != fault.Data || !strings.HasPrefix(e.Where, "stdin:") {
+				t.Fatalf("%q: %v", s, err)
+			}
+			return
+		}
+		for _, o := range []Options{{Plan: b}, {Plan: b, Wildcards: 2}} {
+			lesson, err := Learn(l, o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			load(t, patched(t, text, lesson.Allow))
+		}
+		if _, err := Replay(l, b); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := NeverUsed(l, b); err != nil {
+			t.Fatal(err)
+		}
+	})
 }

@@ -3,6 +3,7 @@ package cli
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -81,7 +82,8 @@ func (resolver) LookupNetIP(context.Context, string, string) ([]netip.Addr, erro
 }
 
 // serveGate runs a real gate for b whose network is not there: every dial
-// succeeds, and whatever is sent is answered by 204. It returns where the gate listens.
+// succeeds, a request is answered by 204, and TLS not at all. It returns where
+// the gate listens.
 func serveGate(t testing.TB, b *plan.Bottle) string {
 	t.Helper()
 	cfg := gate.Config{
@@ -92,7 +94,12 @@ func serveGate(t testing.TB, b *plan.Bottle) string {
 			go func() {
 				buf := make([]byte, 4096)
 				for {
-					if _, err := far.Read(buf); err != nil {
+					n, err := far.Read(buf)
+					if err != nil {
+						return
+					}
+					if buf[0] == 0x16 && n > 0 { // a TLS handshake
+						far.Close()
 						return
 					}
 					if _, err := io.WriteString(far, "HTTP/1.1 204 No Content\r\n\r\n"); err != nil {
@@ -445,6 +452,40 @@ func TestExplainOutput(t *testing.T) {
 	status, out, _ := run(doc+document(t, bottle()), "explain", "api.example.com")
 	if status != 1 || strings.Count(out, "\n") != 2 || gjson.Get(strings.SplitN(out, "\n", 2)[1], "pipelock.verdict").String() != "none" {
 		t.Errorf("%d %s", status, out)
+	}
+}
+
+// TestExplainAgreesOnInspection: explain says that the gate reads what goes to a
+// host exactly where a client gets the bottle's own certificate.
+func TestExplainAgreesOnInspection(t *testing.T) {
+	b := bottle(rules(t, "plain.example.com", "inspected.example.com", "*.example.org", "secret.example.com")...)
+	b.Egress.Rules[1].Inspect, b.Egress.Rules[2].Inspect = true, true
+	// By hand, without inspect: the secret alone brings it about.
+	b.Secrets = []plan.Secret{{Name: "KEY", From: "env:KEY", GuestCanRead: "never", Inject: []plan.Injection{{Host: "secret.example.com", Header: "x-key"}}}}
+	socket := serveGate(t, b)
+	for host, want := range map[string]bool{"plain.example.com": false, "inspected.example.com": true, "x.example.org": true, "x.y.example.org": true, "secret.example.com": true} {
+		got, err := explain(b, target{host: host, port: 443})
+		if err != nil || got.Verdict != "allow" || got.Inspected != want || got.PathSeen != want {
+			t.Errorf("%+v %v", got, err)
+		}
+		c, err := net.Dial("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+		if _, err := io.WriteString(c, "CONNECT "+host+":443 HTTP/1.1\r\nHost: "+host+":443\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		br := bufio.NewReader(c)
+		if resp, err := http.ReadResponse(br, &http.Request{Method: http.MethodConnect}); err != nil || resp.StatusCode != http.StatusOK || br.Buffered() > 0 {
+			t.Fatalf("%s: %v %v", host, resp, err)
+		}
+		// The host that is dialled here speaks no TLS.
+		inner := tls.Client(c, &tls.Config{ServerName: host, InsecureSkipVerify: true})
+		if err := inner.Handshake(); (err == nil) != want {
+			t.Errorf("%s: the gate terminates TLS: %v (%v)", host, err == nil, err)
+		}
+		c.Close()
 	}
 }
 
