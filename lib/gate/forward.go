@@ -291,7 +291,11 @@ func (g *Gate) decide(r *http.Request, t *tunnel, e *audit.Event) *Refusal {
 	if f := overriddenHost(r, t); f != nil {
 		return f
 	}
-	return t.limit(r)
+	f := t.limit(r)
+	if f != nil {
+		e.From = t.Rule.RequestsFrom
+	}
+	return f
 }
 
 // prepare makes the request that leaves from the one that came.

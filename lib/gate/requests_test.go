@@ -149,7 +149,7 @@ func TestRequests(t *testing.T) {
 	}
 	// The log has method and path, and never the query.
 	e := g.await("a refused request", func(e audit.Event) bool { return e.Code == "request_not_allowed" && e.Path == "/user" })
-	if e.Method != "GET" || e.Verdict != "deny" || e.Status != 403 || e.From == "" || e.Rule == nil || !strings.Contains(e.Reason, "bottle.json:2:2 requests") {
+	if e.Method != "GET" || e.Verdict != "deny" || e.Status != 403 || e.From != "bottle.json:2:2 requests" || e.Rule == nil || !strings.Contains(e.Reason, "bottle.json:2:2 requests") {
 		t.Errorf("%+v", e)
 	}
 	for _, e := range g.events() {
