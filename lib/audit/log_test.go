@@ -347,6 +347,35 @@ func TestVerifyFindsBreaks(t *testing.T) {
 	}
 }
 
+// No byte before the last line can be another one.
+func TestVerifyFindsEveryByte(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.jsonl")
+	l := open(t, path, Options{})
+	l.Start()
+	l.Write(denied("a.example"))
+	l.Close()
+	add(t, path, `{"ti`) // and what a crash left
+	l = open(t, path, Options{})
+	l.Write(denied("b.example"))
+	l.Write(Event{Event: KindStop})
+	l.Close()
+	verified(t, path)
+	raw := must(os.ReadFile(path))
+	last := bytes.LastIndexByte(raw[:len(raw)-1], '\n') + 1
+	for i := range last {
+		for _, c := range []byte{raw[i] ^ 1, ' ', '\n'} {
+			changed := bytes.Clone(raw)
+			if changed[i] = c; c == raw[i] {
+				continue
+			}
+			os.WriteFile(path, changed, 0o600)
+			if r, err := Verify(path, ""); err == nil && r.Break == nil {
+				t.Fatalf("byte %d of %d, %q instead of %q, is not found", i, last, c, raw[i])
+			}
+		}
+	}
+}
+
 // flaky fails on demand.
 type flaky struct {
 	file
