@@ -84,6 +84,17 @@ type abuse struct {
 	*rig
 	port map[string]int
 	said *bytes.Buffer
+
+	mu  sync.Mutex
+	let chan struct{}
+}
+
+// letGo ends the hosts that hold their connections.
+func (a *abuse) letGo() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	close(a.let)
+	a.let = make(chan struct{})
 }
 
 // hang is a resolver and a network where nobody answers.
@@ -96,7 +107,14 @@ func (hang) LookupNetIP(ctx context.Context, _, _ string) ([]netip.Addr, error) 
 
 func startAbuse(t *testing.T) *abuse {
 	a := &abuse{port: map[string]int{}, said: &bytes.Buffer{}}
-	hold := func() { time.Sleep(2 * time.Second) } // longer than the gate has patience
+	a.let = make(chan struct{})
+	hold := func() { // until the gate has lost its patience
+		a.mu.Lock()
+		let := a.let
+		a.mu.Unlock()
+		<-let
+	}
+	t.Cleanup(a.letGo)
 	web := startOrigin(t, false, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
 		io.WriteString(w, "ok")
@@ -224,6 +242,7 @@ func TestAbuse(t *testing.T) {
 			}
 			wg.Wait()
 			a.settled()
+			a.letGo()
 			if resp, _ := a.get("http://" + a.at("web.test") + "/"); resp.StatusCode != 200 {
 				t.Errorf("afterwards: %s", resp.Status)
 			}
