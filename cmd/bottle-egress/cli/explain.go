@@ -314,6 +314,19 @@ func (a *explanation) describe(b *plan.Bottle, r *plan.Rule) {
 	if a.Inspected {
 		later("the Host header of each request has to name " + a.Host + ", and the host's certificate has to be trusted")
 	}
+	if slices.Contains(r.DLPAllow, policy.EveryDLPRule) {
+		return
+	}
+	but := ""
+	if len(r.DLPAllow) > 0 {
+		but = ", but not for " + strings.Join(r.DLPAllow, ", ") + " (" + r.DLPAllowFrom + ")"
+	}
+	if r.Class == policy.ClassWildcard {
+		later("the labels below the wildcard are looked through for secrets" + but)
+	}
+	if a.PathSeen {
+		later("each request is looked through for secrets before it leaves" + but)
+	}
 }
 
 // residualOf is what the document's residual says of one host, without its name:
