@@ -44,6 +44,7 @@ var sections = []section{
 	{"gate", (*bench).gates},
 	{"dlp", (*bench).screening},
 	{"bulk", (*bench).bulk},
+	{"live", (*bench).live},
 }
 
 // stages takes the pipeline apart, one after the other, with each stage's

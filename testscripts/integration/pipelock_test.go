@@ -87,8 +87,22 @@ func pipelocked(t *testing.T, world func(testing.TB) *harness.World) {
 	}
 	proxyUp(t, w, id)
 	pipelocktest.Serve(t, 443, true, http.HandlerFunc(mirror))
+	asPlanned := func(when string) {
+		t.Helper()
+		if r := w.Sh("bottle-vm verify " + id); r.Code != 0 || r.Out+r.Stderr != "" {
+			t.Errorf("%s: verify: %+v", when, r)
+		}
+	}
+	asPlanned("fresh")
 	throughPipelock(t, w, id)
+	asPlanned("after a restart of pipelock")
 	liveThroughPipelock(t, w, id)
+	asPlanned("after live rules")
+	config := w.State + "/bottle/bottles/" + id + "/pipelock/conf/pipelock.yaml"
+	w.Write(config, strings.Replace(w.Read(config), "  - example.com\n", "  - example.com\n  - other.example.com\n", 1))
+	if r := w.Sh("bottle-vm verify " + id); r.Code != 1 || !contains(r.Out, "api_allowlist has other.example.com") || !contains(r.Out, "proxy: digest of") {
+		t.Errorf("another configuration: %+v", r)
+	}
 }
 
 // liveThroughPipelock opens a host that pipelock has to learn of, and closes
