@@ -125,7 +125,9 @@ func (s *student) hear(d Decision, n int) {
 			protocol = "http"
 		}
 	case d.Code == "wrong_protocol":
-		protocol = "http"
+		// An http entry would have served it, and taken TLS from the others.
+		s.asides[aside{d.Host, fmt.Sprintf("port %d was spoken to in plain HTTP, and its rule is about %s", d.Port, cmp.Or(d.Protocol, "another protocol"))}] += n
+		return
 	case d.Code == policy.DeniedByRule:
 		s.asides[aside{d.Host, "an entry of deny is about it"}] += n
 		return

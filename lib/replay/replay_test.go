@@ -299,7 +299,7 @@ func TestLearn(t *testing.T) {
 		"deny not_in_allowlist looked.test:0", "deny not_in_allowlist a.test:0",
 		// What is not to be proposed.
 		"deny not_in_allowlist 169.254.169.254:80", "deny bad_host 0x7f.1:443", "deny denied_by_rule bad.test:443", "deny not_in_allowlist localhost:80",
-		"deny sni_mismatch a.test:443", "deny upstream_unresolvable typo.test:443", "deny not_in_allowlist no..dots:443", "deny not_in_allowlist ::ffff:10.0.0.1:443",
+		"deny wrong_protocol a.test:443 GET /", "deny sni_mismatch a.test:443", "deny upstream_unresolvable typo.test:443", "deny not_in_allowlist no..dots:443", "deny not_in_allowlist ::ffff:10.0.0.1:443",
 	), pinned, preset)...)
 	lesson, err := Learn(l, Options{})
 	if err != nil {
@@ -322,7 +322,7 @@ func TestLearn(t *testing.T) {
 		t.Errorf("%s\nwant %s", raw, want)
 	}
 	remarks := strings.Join(lesson.Remarks, "\n")
-	for _, text := range []string{"169.254.169.254", "metadata", `"0x7f.1"`, `"bad.test" (once) is not proposed: an entry of deny`, `"localhost"`, "sni_mismatch", `"typo.test"`, `"no..dots"`, `"::ffff:10.0.0.1"`,
+	for _, text := range []string{"169.254.169.254", "metadata", `"0x7f.1"`, `"bad.test" (once) is not proposed: an entry of deny`, `"localhost"`, "port 443 was spoken to in plain HTTP", "sni_mismatch", `"typo.test"`, `"no..dots"`, `"::ffff:10.0.0.1"`,
 		"preset anthropic opens", "10.0.0.5 port 5432 is proposed, and is no public address"} {
 		if !strings.Contains(remarks, text) {
 			t.Errorf("no word about %s:\n%s", text, remarks)
