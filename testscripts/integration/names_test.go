@@ -97,6 +97,10 @@ func checkNoName(t *testing.T, w *harness.World, id string, u *upstream) {
 	if r.Code != 35 || !contains(r.Stderr, "access denied") {
 		t.Errorf("fronting: %+v", r)
 	}
+	// The helper has kept one capability, for low ports, and gives none away.
+	if r := w.Exec(id, "grep -h CapEff /proc/1/status /proc/self/status"); r.Out != "CapEff:\t0000000000000400\nCapEff:\t0000000000000000\n" {
+		t.Errorf("capabilities of the helper, and of the agent: %+v", r)
+	}
 	log := w.OK("cat " + w.State + "/bottle/audit/*")
 	has(t, "audit log", log, `"event":"lookup"`, `"host":"nowhere.test"`, `"code":"sni_mismatch"`)
 }
