@@ -157,6 +157,7 @@ func (p *pass) stream(r io.Reader, depth int) error {
 		if p.derive -= n; p.derive < 0 {
 			return &ErrUnscannable{"it expands without end"}
 		}
+		p.work += workPerDerived * n
 		t := buf[:kept+n]
 		all := err != nil
 		to := len(t)

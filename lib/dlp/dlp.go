@@ -106,7 +106,7 @@ func (s *Scanner) Each(ctx context.Context, text []byte, o Options, found func(F
 	}
 	p := &pass{worker: w, ctx: ctx, opts: o, found: found, body: text,
 		keywords: make([]bool, len(s.engine.keywords)),
-		work:     baseWork + workPerByte*len(text), derive: baseDerived + derivedPerByte*len(text)}
+		work:     baseWork + workPerByte*len(text), derive: min(maxDerived, baseDerived+derivedPerByte*len(text))}
 	err := p.run()
 	if errors.Is(err, errStop) {
 		err = nil

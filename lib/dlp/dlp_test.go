@@ -450,3 +450,19 @@ func FuzzScan(f *testing.F) {
 		}
 	})
 }
+
+// TestCompressible: a log compresses twenty times and more, and is no bomb.
+func TestCompressible(t *testing.T) {
+	var b bytes.Buffer
+	for i := range 300_000 {
+		fmt.Fprintf(&b, `{"time":"2026-11-25T12:%02d:%02d","level":"info","msg":"request served","status":200,"path":"/a/b/c"}`+"\n", i/60%60, i%60)
+	}
+	fmt.Fprintln(&b, pat)
+	packed := gzipped(b.Bytes())
+	if ratio := b.Len() / len(packed); ratio < 15 {
+		t.Fatalf("compresses %d times only", ratio)
+	}
+	if got := scan(t, packed, Options{Encodings: []string{"gzip"}}); got != "github-pat" {
+		t.Errorf("%q", got)
+	}
+}

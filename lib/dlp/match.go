@@ -14,9 +14,11 @@ import (
 const (
 	maxMatch       = 16 << 10 // bytes of a match; a key of RSA 16384 has 13,000
 	baseWork       = 32 << 20
-	workPerByte    = 128
-	baseDerived    = 16 << 20 // bytes of decoded text
-	derivedPerByte = 24
+	workPerByte    = 48
+	workPerDerived = 8        // more for what was compressed
+	baseDerived    = 32 << 20 // bytes of decoded text
+	derivedPerByte = 32
+	maxDerived     = 256 << 20
 	lineSide       = 512 // bytes of a match's line on each side
 	exprWork       = 256 // a byte of a regular expression, in bytes of an automaton
 )
