@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/proclog"
 	"github.com/tidwall/gjson"
 )
 
@@ -57,8 +58,8 @@ type Proc struct {
 	run    RunOptions
 	config string // path of the run file
 	cmd    *exec.Cmd
-	log    *logFile
-	errs   *logFile
+	log    *proclog.File
+	errs   *proclog.File
 
 	exited chan struct{}
 	status error // of Wait; read after exited is closed
@@ -190,8 +191,8 @@ func (p *Proc) prepare(yaml []byte) error {
 			return fault.New(fault.CantCreate, "cannot_create", "a folder for pipelock: %w", err)
 		}
 	}
-	p.log = &logFile{path: filepath.Join(p.opts.Dir, "pipelock.log")}
-	p.errs = &logFile{path: filepath.Join(p.opts.Dir, "pipelock.err")}
+	p.log = &proclog.File{Path: filepath.Join(p.opts.Dir, "pipelock.log")}
+	p.errs = &proclog.File{Path: filepath.Join(p.opts.Dir, "pipelock.err")}
 	if err := replace(p.config, yaml); err != nil {
 		return fault.New(fault.CantCreate, "cannot_create", "the configuration of pipelock: %w", err)
 	}
@@ -245,7 +246,7 @@ func (p *Proc) launch(path string) error {
 
 // read takes a stream apart into lines, without end: pipelock must never block
 // on a full pipe, and no line may grow past maxLine.
-func (p *Proc) read(r io.Reader, to *logFile, stderr bool) {
+func (p *Proc) read(r io.Reader, to *proclog.File, stderr bool) {
 	const maxLine = 64 << 10
 	in := bufio.NewReaderSize(r, maxLine)
 	for {

@@ -265,24 +265,6 @@ func TestReloadOfDead(t *testing.T) {
 	wantFault(t, p.Reload(t.Context(), mustYAML(t, tls("b.example"))), "proxy_died", "signal: killed")
 }
 
-func TestLogFileIsBounded(t *testing.T) {
-	l := &logFile{path: filepath.Join(t.TempDir(), "log")}
-	line := []byte(strings.Repeat("x", 1<<16-1) + "\n")
-	for range 3 * maxLog / len(line) {
-		l.Write(line)
-	}
-	l.Close()
-	for _, p := range []string{l.path, l.path + ".1"} {
-		if fi, err := os.Stat(p); err != nil || fi.Size() > maxLog {
-			t.Errorf("%s: %v %v", p, fi, err)
-		}
-	}
-	// A disk that takes nothing does not stop pipelock.
-	full := &logFile{path: filepath.Join(t.TempDir(), "missing", "log")}
-	full.Write(line)
-	full.Close()
-}
-
 func TestChoose(t *testing.T) {
 	good, old := fakeProgram(t, "version-2.3.0").Path, fakeProgram(t, "version-1.0.0").Path
 	for _, c := range []struct {
