@@ -75,11 +75,13 @@ var runners = map[string]string{
 	"lib/runsc":                "runsc",
 	"lib/secret":               "the command: sources of a manifest",
 	"lib/sign":                 "ssh-keygen",
+	"lib/sidecar":              "mitmdump",
 	"lib/smolvm":               "smolvm",
 	"lib/smolvm/wheel":         "pip, to fetch smolvm",
 	"lib/worktree":             "git, for diff",
 	// for tests
 	"lib/pipelock/pipelocktest": "the test itself, in namespaces",
+	"lib/sidecar/sidecartest":   "pip, for the real mitmdump",
 }
 
 // formats are third-party libraries of which one package makes use.

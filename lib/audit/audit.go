@@ -62,7 +62,10 @@ type Event struct {
 	Reason   string `json:"reason,omitempty"`
 	Address  string `json:"address,omitempty"` // IP:port that was dialled
 	Via      string `json:"via,omitempty"`     // the proxy in between, if not the gate itself
-	Secret   string `json:"secret,omitempty"`  // name of the secret that was injected
+	// Sender is what asked, if not the guest: the sidecar, for a request that it
+	// got from the gate (with Via) and that is decided again.
+	Sender string `json:"sender,omitempty"`
+	Secret string `json:"secret,omitempty"` // name of the secret that was injected
 	// Finding is the rule of data loss prevention by which a request was refused;
 	// what was found is in no line.
 	Finding string `json:"finding,omitempty"`

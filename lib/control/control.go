@@ -27,8 +27,9 @@ type Request struct {
 type Answer struct {
 	Phase    string        `json:"phase"` // ready | stopped
 	Reason   string        `json:"reason,omitempty"`
-	Gate     string        `json:"gate"`  // up | shut | down
-	Proxy    string        `json:"proxy"` // up | down | none
+	Gate     string        `json:"gate"`              // up | shut | down
+	Proxy    string        `json:"proxy"`             // up | down | none
+	Sidecar  string        `json:"sidecar,omitempty"` // up | down; absent without one
 	Findings []string      `json:"findings,omitempty"`
 	Live     []live.Rule   `json:"live,omitempty"`    // rules on top of the plan's
 	Changed  []live.Rule   `json:"changed,omitempty"` // what change added or took back

@@ -15,6 +15,7 @@ import (
 type guestConn struct {
 	net.Conn
 	gate *Gate
+	back bool // of the sidecar, and not of the guest
 	once sync.Once
 	// relayed is set once there is no answer any more that it could still get.
 	relayed atomic.Bool
@@ -37,6 +38,7 @@ type httpConn struct {
 	gate   *Gate
 	since  time.Time
 	tunnel *tunnel // nil on the guest's own connection
+	back   bool    // of the sidecar, and not of the guest
 	frame  framing
 	held   []byte // of a head that is not complete
 	ready  []byte // to be read by net/http
@@ -50,7 +52,7 @@ type httpConn struct {
 }
 
 func (g *Gate) newHTTPConn(c net.Conn, t *tunnel) *httpConn {
-	h := &httpConn{Conn: c, gate: g, since: time.Now(), tunnel: t}
+	h := &httpConn{Conn: c, gate: g, since: time.Now(), tunnel: t, back: t != nil && t.back}
 	h.between.Store(true)
 	return h
 }
@@ -240,6 +242,7 @@ func (q *queue) Addr() net.Addr { return &net.UnixAddr{Name: "tunnel", Net: "uni
 type entry struct {
 	net.Listener
 	gate *Gate
+	back bool
 }
 
 func (l *entry) Accept() (net.Conn, error) {
@@ -248,9 +251,11 @@ func (l *entry) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		g := &guestConn{Conn: c, gate: l.gate}
+		g := &guestConn{Conn: c, gate: l.gate, back: l.back}
 		if l.gate.remember(g) {
-			return l.gate.newHTTPConn(g, nil), nil
+			h := l.gate.newHTTPConn(g, nil)
+			h.back = l.back
+			return h, nil
 		}
 		l.gate.tooMany(c)
 	}

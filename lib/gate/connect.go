@@ -26,6 +26,7 @@ type tunnel struct {
 	policy.Decision
 	flow   *flow       // of the whole tunnel; nil for what is one request
 	opened audit.Event // the line about a tunnel that is terminated
+	back   bool        // asked for by the sidecar
 }
 
 // authority is host[:port] as a Host header has it.
@@ -76,6 +77,16 @@ func (g *Gate) connect(w http.ResponseWriter, r *http.Request) {
 	port, _ := strconv.Atoi(portText)
 	host = canonical(host)
 	e := g.newEvent(audit.KindConnect, host, port)
+	back := connOf(r).back
+	if back {
+		e.Sender = g.cfg.Sidecar.Name
+		if f := g.cfg.Sidecar.known(r); f != nil {
+			f.Host, f.Port = host, port
+			g.deny(f, e)
+			f.write(w, true)
+			return
+		}
+	}
 	if !ok || port == 0 {
 		f := badRequest("CONNECT takes host:port")
 		f.Host, f.Hint = host, "name the port, such as 443"
@@ -91,7 +102,13 @@ func (g *Gate) connect(w http.ResponseWriter, r *http.Request) {
 		f.write(w, true)
 		return
 	}
-	t := &tunnel{host: host, port: port, Decision: d}
+	t := &tunnel{host: host, port: port, Decision: d, back: back}
+	if back && !g.inspected(t) {
+		f := refused("not_inspected", host, port, host+" is not an inspected host, and "+e.Sender+" is for no other", "name it in egress.inspect")
+		g.deny(f, e)
+		f.write(w, true)
+		return
+	}
 	ctx := context.Background() // a tunnel that is terminated outlives this request
 	switch {
 	case d.Rule.Protocol == "http":

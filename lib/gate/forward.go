@@ -132,7 +132,13 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 	e := g.newEvent(audit.KindRequest, "", 0)
 	e.Method, e.Path = r.Method, r.URL.EscapedPath()
 	var f *Refusal
-	if t == nil {
+	back := connOf(r).back
+	if back {
+		e.Sender = g.cfg.Sidecar.Name
+	}
+	if back && t == nil {
+		f = refused("not_inspected", "", 0, e.Sender+" is for inspected hosts, by CONNECT", "")
+	} else if t == nil {
 		t, f = g.target(r)
 	} else {
 		f = matchTunnel(r, t)
@@ -165,14 +171,18 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 	defer fl.end()
 	r = r.WithContext(fl.ctx)
 	x := &exchange{gate: g, flow: fl, event: &e, host: t.host, port: t.port, tr: g.direct, guest: connOf(r).Conn}
+	var replaced map[string]bool
 	if t.scheme == "https" {
 		x.injector = g.inject[t.host]
 	} else if g.leavesByProxy(t.Rule) {
 		x.tr = g.proxied
 	}
-	var replaced map[string]bool
 	if x.injector != nil {
 		f, replaced = x.injector.check(t.host, t.port), x.injector.remove
+	}
+	if t.scheme == "https" && g.aside != nil && !back {
+		// To the sidecar, which gives it back: secrets go in behind it.
+		x.tr, x.injector, e.Via = g.aside, nil, g.cfg.Sidecar.Name
 	}
 	if f == nil {
 		f = g.misplaced(r, t, replaced)
@@ -360,7 +370,9 @@ func (x *exchange) answer(r *http.Request) *http.Response {
 		return x.refuse(r, err)
 	}
 	dropHopByHop(resp.Header)
-	resp.Header.Del("X-Bottle-Decision") // the gate's word alone
+	if x.tr != x.gate.aside {
+		resp.Header.Del("X-Bottle-Decision") // the gate's word alone
+	}
 	if _, ok := resp.Header["Content-Type"]; !ok {
 		resp.Header["Content-Type"] = nil // or net/http guesses one
 	}
@@ -439,6 +451,10 @@ func (x *exchange) refuse(r *http.Request, err error) *http.Response {
 		f = asRefusal(why, x.host, x.port)
 	case bad != nil:
 		f = asRefusal(bad, x.host, x.port)
+	case errors.As(err, &untrusted) && x.tr == x.gate.aside:
+		f = x.gate.cfg.Sidecar.down()
+		f.Host, f.Port, f.Code = x.host, x.port, "sidecar_untrusted"
+		f.Reason = "what listens in the place of " + x.event.Via + " is something else: " + untrusted.Err.Error()
 	case errors.As(err, &untrusted):
 		f = refused("upstream_untrusted", x.host, x.port, "the host's certificate is not trusted: "+untrusted.Err.Error(),
 			`add the authority's PEM file to egress.roots in the manifest if it is yours`)

@@ -67,7 +67,9 @@ type Config struct {
 	Upstream string
 	// OnShut is told why the gate is shut, and nil when it is open again; it may
 	// be nil itself.
-	OnShut   func(why error)
+	OnShut func(why error)
+	// Sidecar reads the requests of inspected hosts; nil: nothing does.
+	Sidecar  *Sidecar
 	MaxConns int       // 0: DefaultMaxConns
 	Log      io.Writer // remarks for people; nil: none
 
@@ -119,6 +121,7 @@ type Gate struct {
 	forward *goproxy.ProxyHttpServer
 	direct  *http.Transport // dials itself
 	proxied *http.Transport // plain HTTP through Upstream
+	aside   *http.Transport // inspected requests through Sidecar; nil without one
 	server  *http.Server
 	inner   *queue
 	local   localAddrs
@@ -137,6 +140,7 @@ type Gate struct {
 
 	mu     sync.Mutex
 	conns  map[*guestConn]struct{}
+	backs  int // of conns, those of the sidecar
 	closed bool
 	shut   error // why the audit log cannot be written at present
 	failed error // why it never will
@@ -192,6 +196,11 @@ func New(cfg Config) (*Gate, error) {
 	g.defaults()
 	g.tls = g.guestTLS()
 	g.direct, g.proxied = g.transports(roots)
+	if cfg.Sidecar != nil {
+		if g.aside, err = g.sidecarTransport(); err != nil {
+			return nil, err
+		}
+	}
 	g.forward = g.forwarder()
 	g.server = &http.Server{
 		Handler:           g,
@@ -275,7 +284,10 @@ func (g *Gate) Serve(ctx context.Context, l net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { g.Close() })
 	defer stop()
 	go func() { _ = g.server.Serve(g.inner) }()
-	err := g.server.Serve(&entry{l, g})
+	if s := g.cfg.Sidecar; s != nil {
+		go func() { _ = g.server.Serve(&entry{s.Back, g, true}) }()
+	}
+	err := g.server.Serve(&entry{l, g, false})
 	g.Close()
 	g.settle()
 	g.endLookups()
@@ -312,6 +324,9 @@ func (g *Gate) Close() error {
 	}
 	g.direct.CloseIdleConnections()
 	g.proxied.CloseIdleConnections()
+	if g.aside != nil {
+		g.aside.CloseIdleConnections()
+	}
 	g.changing.Lock()
 	if g.ending != nil {
 		g.ending.Stop()
@@ -357,10 +372,18 @@ func (g *Gate) Stats() Stats {
 func (g *Gate) remember(c *guestConn) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.closed || len(g.conns) >= g.cfg.MaxConns {
+	// Each side has its own bound: the guest's requests wait for the sidecar's.
+	n := len(g.conns) - g.backs
+	if c.back {
+		n = g.backs
+	}
+	if g.closed || n >= g.cfg.MaxConns {
 		return false
 	}
 	g.conns[c] = struct{}{}
+	if c.back {
+		g.backs++
+	}
 	return true
 }
 
@@ -368,6 +391,9 @@ func (g *Gate) forget(c *guestConn) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	delete(g.conns, c)
+	if c.back {
+		g.backs--
+	}
 }
 
 // tooMany answers without reading, and without waiting for the client.

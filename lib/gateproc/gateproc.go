@@ -29,8 +29,12 @@ import (
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
-// ConnFD is the descriptor on which a gate receives its connections.
-const ConnFD = 3
+// ConnFD is the descriptor on which a gate receives its connections, BackFD the
+// listening socket for its sidecar, where it has one.
+const (
+	ConnFD = 3
+	BackFD = 4
+)
 
 // Config is one line of JSON on the gate's stdin. It holds secrets, so it is
 // never an argument, a variable or a file.
@@ -46,6 +50,17 @@ type Config struct {
 	AuditBounds audit.Bounds `json:"audit_bounds"`
 	AuditHead   audit.Head   `json:"audit_head"`
 	Upstream    string       `json:"upstream"` // host:port of pipelock; "" for the built-in proxy
+	Sidecar     *Sidecar     `json:"sidecar,omitempty"`
+}
+
+// Sidecar is gate.Sidecar on the wire; Back is passed as BackFD.
+type Sidecar struct {
+	Name     string   `json:"name"`
+	Addr     string   `json:"addr"`
+	Auth     string   `json:"auth"`
+	BackAuth string   `json:"back_auth"`
+	CA       []byte   `json:"ca"`
+	Back     *os.File `json:"-"`
 }
 
 // Ready is the one line a gate writes on stdout when it serves, or fails.
@@ -122,6 +137,9 @@ func Start(exe string, cfg Config, log *os.File) (*Process, error) {
 	cmd.Dir = "/"
 	cmd.Stderr = log
 	cmd.ExtraFiles = []*os.File{theirs}
+	if cfg.Sidecar != nil {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, cfg.Sidecar.Back)
+	}
 	// No parent-death signal: it would fire when the thread that forks ends. The
 	// gate ends by itself when the keeper's end of its socket is closed.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

@@ -34,6 +34,7 @@ type Config struct {
 	Runtime    string        `json:"runtime"`
 	RuntimeWhy string        `json:"runtime_why"`
 	Signed     []plan.Signer `json:"signed"`   // who has signed the plan, where up asked
+	Mitmdump   string        `json:"mitmdump"` // the program; "" where the plan has no addons
 	Pipelock   string        `json:"pipelock"` // the program; "" for the built-in proxy
 
 	Workspace string        `json:"workspace"` // the host folder

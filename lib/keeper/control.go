@@ -79,7 +79,7 @@ func (k *keeper) answer(c net.Conn) {
 	k.mu.Lock()
 	a.Phase, a.Reason = k.phase, k.reason
 	k.mu.Unlock()
-	a.Gate, a.Proxy = "down", k.proxy.status()
+	a.Gate, a.Proxy, a.Sidecar = "down", k.proxy.status(), k.aside.status()
 	if p := k.gate.get(); a.Phase != stopped && p != nil {
 		a.Gate = "up"
 		if s := p.State(); s.Gate == gateproc.Shut {

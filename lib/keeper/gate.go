@@ -19,6 +19,7 @@ import (
 const (
 	roleGate  = "gate"
 	roleProxy = "proxy"
+	roleAside = "mitmdump"
 )
 
 // Backoff of a gate or proxy that keeps dying.
@@ -112,6 +113,7 @@ func startGate(k *keeper) (*gateKeeper, error) {
 
 func (g *gateKeeper) launch() (*gateproc.Process, error) {
 	g.config.Upstream = g.k.proxy.addr()
+	g.config.Sidecar = g.k.aside.config()
 	p, err := gateproc.Start(g.k.cfg.EgressExe, g.config, g.k.log)
 	if err != nil {
 		return nil, err

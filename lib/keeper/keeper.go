@@ -52,6 +52,7 @@ type keeper struct {
 	gate          *gateKeeper
 	live          *liveRules
 	proxy         *proxyKeeper
+	aside         *asideKeeper
 	guard         *guard
 	monitor       *monitor
 
@@ -202,6 +203,9 @@ func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
 	if k.proxy, err = startProxy(ctx, k); err != nil {
 		return nil, err
 	}
+	if k.aside, err = startAside(k); err != nil {
+		return nil, err
+	}
 	if k.gate, err = startGate(k); err != nil {
 		return nil, err
 	}
@@ -218,6 +222,9 @@ func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
 		return nil, err
 	}
 	if err := k.awaitGuest(ctx, ready); err != nil {
+		return nil, err
+	}
+	if err := k.aside.awaitReady(ctx); err != nil {
 		return nil, err
 	}
 	k.monitor = startMonitor(k, started.Enforcement)
@@ -369,6 +376,7 @@ func (k *keeper) finish(s *engine.Started) error {
 		HostUID: k.cfg.HostUID, StateDir: k.bottle.Dir, Keeper: *k.rec.Keeper,
 		Gate:        plan.GateRef{AuditLog: k.root.Audit(k.cfg.ID)},
 		Proxy:       k.proxy.ref(),
+		Sidecar:     k.aside.ref(),
 		Enforcement: s.Enforcement,
 		Signed:      k.cfg.Signed,
 		StartedAt:   k.now().UTC().Format(time.RFC3339),
@@ -453,6 +461,7 @@ func (k *keeper) end() error {
 	guest = k.endGuest()
 	close(gone)
 	wg.Wait()
+	k.aside.stop()
 	return errors.Join(gate, guest, k.proxy.stop(), k.guard.sweep(k))
 }
 

@@ -76,6 +76,9 @@ func (l *loader) bottle(n node) *bottle {
 	if s, ok := ms.get("secrets"); ok {
 		b.secrets = l.secrets(s, b.user, rs)
 	}
+	if e, ok := ms.get("egress"); ok { // a secret makes its host an inspected one
+		l.seesSomething(e, &b.egress)
+	}
 	if e, ok := ms.get("env"); ok {
 		l.secretInEnv(e, env, b)
 	}

@@ -61,7 +61,7 @@ func (rs *rules) opened(key string, port int) *plan.Rule {
 
 func (l *loader) egress(n node) (plan.Policy, []*policy.Preset, *rules) {
 	p := plan.Policy{Proxy: "auto", Rules: []plan.Rule{}, Roots: []plan.Root{}}
-	ms, ok := l.object(n, "proxy", "presets", "allow", "deny", "inspect", "dlp", "roots")
+	ms, ok := l.object(n, "proxy", "presets", "allow", "deny", "inspect", "dlp", "roots", "mitmdump")
 	if !ok {
 		return p, nil, newRules(0)
 	}
@@ -94,6 +94,9 @@ func (l *loader) egress(n node) (plan.Policy, []*policy.Preset, *rules) {
 	}
 	if e, ok := ms.get("roots"); ok {
 		p.Roots = l.roots(e)
+	}
+	if e, ok := ms.get("mitmdump"); ok {
+		p.Mitmdump = l.mitmdump(e)
 	}
 	if p.Proxy == "pipelock" && allowed > MaxPipelockHosts {
 		l.bad(n, "too_many_hosts", "%d hosts are more than pipelock takes (%d)", `set "proxy" to "builtin", or allow fewer hosts`, allowed, MaxPipelockHosts)
@@ -467,4 +470,46 @@ func (l *loader) roots(n node) []plan.Root {
 	}
 	slices.SortFunc(out, func(a, b plan.Root) int { return strings.Compare(a.Path, b.Path) })
 	return out
+}
+
+// mitmdump reads the sidecar: the addons in the order in which they are run.
+func (l *loader) mitmdump(n node) *plan.Mitmdump {
+	m := &plan.Mitmdump{Addons: []plan.Addon{}}
+	ms, ok := l.object(n, "addons")
+	if !ok {
+		return m
+	}
+	list, ok := l.required(n, ms, "addons")
+	if !ok {
+		return m
+	}
+	nodes := l.list(list)
+	if kind(list) == "an array" && len(nodes) == 0 {
+		l.bad(list, "bad_addon", "is empty", `name a Python file with an addon, or remove "mitmdump"`)
+	}
+	for _, e := range nodes {
+		p, ok := l.hostPath(e)
+		if !ok {
+			continue
+		}
+		data, err := l.read(p)
+		switch {
+		case err != nil:
+			l.badErr(e, err)
+		case !strings.HasSuffix(p, ".py"):
+			l.bad(e, "bad_addon", "%s is no Python file", "name a file that ends in .py: mitmdump loads addons by that", quote(p))
+		case slices.ContainsFunc(m.Addons, func(a plan.Addon) bool { return a.Path == p }):
+			l.bad(e, "bad_addon", "%s stands twice", "keep one of the two", quote(p))
+		default:
+			m.Addons = append(m.Addons, plan.Addon{Path: p, SHA256: plan.SHA256(data)})
+		}
+	}
+	return m
+}
+
+// seesSomething refuses a sidecar that no request would ever reach.
+func (l *loader) seesSomething(n node, p *plan.Policy) {
+	if p.Mitmdump != nil && len(p.Mitmdump.Addons) > 0 && !slices.ContainsFunc(p.Rules, func(r plan.Rule) bool { return r.Inspect }) {
+		l.bad(n, "bad_addon", "mitmdump sees inspected hosts only, and none is", `name one in "inspect", or remove "mitmdump"`)
+	}
 }

@@ -27,6 +27,8 @@ func files(path string) ([]byte, error) {
 		return []byte(pemFile), nil
 	case "key.pem":
 		return []byte(pemFile + "-----BEGIN PRIVATE KEY-----\n"), nil
+	case "addon.py":
+		return []byte("def request(flow): pass\n"), nil
 	case "junk.pem":
 		return []byte("junk"), nil
 	}

@@ -124,6 +124,20 @@ type Policy struct {
 	Proxy string `json:"proxy"` // auto | builtin | pipelock
 	Rules []Rule `json:"rules"`
 	Roots []Root `json:"roots"`
+	// Mitmdump reads the requests of inspected hosts on their way; nil: nothing does.
+	Mitmdump *Mitmdump `json:"mitmdump,omitempty"`
+}
+
+// Mitmdump is the inspection sidecar: mitmproxy's mitmdump, with addons of the
+// user's own, in their order.
+type Mitmdump struct {
+	Addons []Addon `json:"addons"`
+}
+
+// Addon is a Python file that runs on the host, pinned by content.
+type Addon struct {
+	Path   string `json:"path"`
+	SHA256 string `json:"sha256"`
 }
 
 // Rule is one line of the allowlist. Exactly one of Host and CIDR is set. deny
@@ -217,6 +231,7 @@ type VM struct {
 	Keeper      Process     `json:"keeper"`
 	Gate        GateRef     `json:"gate"`
 	Proxy       ProxyRef    `json:"proxy"`
+	Sidecar     *SidecarRef `json:"sidecar,omitempty"`
 	Enforcement Enforcement `json:"enforcement"`
 	Signed      []Signer    `json:"signed,omitempty"` // whose signatures were asked for and found good
 	StartedAt   string      `json:"started_at"`       // RFC 3339, UTC
@@ -237,6 +252,13 @@ type GateRef struct {
 type ProxyRef struct {
 	Name            string `json:"name"` // builtin | pipelock
 	RunConfigSHA256 string `json:"run_config_sha256,omitempty"`
+}
+
+// SidecarRef is what reads the requests of inspected hosts, and its digest of
+// program settings and addons.
+type SidecarRef struct {
+	Name            string `json:"name"` // mitmdump
+	RunConfigSHA256 string `json:"run_config_sha256"`
 }
 
 // Enforcement says how each limit is held: none | cgroup | engine | watched.

@@ -128,6 +128,14 @@ func (b *Bottle) Validate() error {
 		v.hostPath(at+".path", r.Path)
 		v.want(at+".sha256", isSHA(r.SHA256), "is not sha256:<64 hex>")
 	}
+	if m := b.Egress.Mitmdump; m != nil {
+		v.want("egress.mitmdump.addons", len(m.Addons) > 0, "is empty")
+		for i, a := range m.Addons {
+			at := fmt.Sprintf("egress.mitmdump.addons[%d]", i)
+			v.hostPath(at+".path", a.Path)
+			v.want(at+".sha256", isSHA(a.SHA256), "is not sha256:<64 hex>")
+		}
+	}
 	names := map[string]bool{}
 	for i, s := range b.Secrets {
 		v.secret(fmt.Sprintf("secrets[%d]", i), s)

@@ -410,8 +410,29 @@ func (d *diff) egress(a, b *plan.Bottle) error {
 			d.unknown(at, *u, *v, "Path", "SHA256")
 		}
 	})
-	d.unknown("egress", x, y, "Proxy", "Rules", "Roots")
+	d.mitmdump(x.Mitmdump, y.Mitmdump)
+	d.unknown("egress", x, y, "Proxy", "Rules", "Roots", "Mitmdump")
 	return nil
+}
+
+// mitmdump: an addon is a program, of which nobody can tell what it lets through
+// less than another one, or than none.
+func (d *diff) mitmdump(a, b *plan.Mitmdump) {
+	const at = "egress.mitmdump"
+	switch {
+	case reflect.DeepEqual(a, b):
+	case a == nil:
+		d.widens(at, nil, b, "other code runs on the host, over the requests of inspected hosts")
+	case b == nil:
+		d.widens(at, a, nil, "what the addons may have refused is let through")
+	case slices.EqualFunc(a.Addons, b.Addons, func(x, y plan.Addon) bool { return x.SHA256 == y.SHA256 }):
+		d.same(at, a, b, "the same addons, by digest")
+	default:
+		d.widens(at, a, b, "other code runs on the host, over the requests of inspected hosts")
+	}
+	if a != nil && b != nil {
+		d.unknown(at, *a, *b, "Addons")
+	}
 }
 
 func (d *diff) rules(a, b *plan.Bottle) error {

@@ -27,7 +27,8 @@ func whole() *plan.Bottle {
 		Egress: plan.Policy{Proxy: "auto",
 			Rules: []plan.Rule{{Host: "a.test", Ports: []int{443}, Protocol: "tls", Verdict: "allow", Class: "exact", Addresses: []string{"10.0.0.1"}, Inspect: true,
 				Requests: []string{"GET /a"}, RequestsFrom: "here", DLPAllow: []string{"jwt"}, DLPAllowFrom: "there", Why: "w", From: "f"}},
-			Roots: []plan.Root{{Path: "ca.pem", SHA256: plan.SHA256([]byte("ca"))}}},
+			Roots:    []plan.Root{{Path: "ca.pem", SHA256: plan.SHA256([]byte("ca"))}},
+			Mitmdump: &plan.Mitmdump{Addons: []plan.Addon{{Path: "a.py", SHA256: plan.SHA256([]byte("a"))}}}},
 		Secrets: []plan.Secret{{Name: "K", From: "command", Command: []string{"pass"}, GuestCanRead: "never",
 			Inject: []plan.Injection{{Host: "a.test", Header: "authorization", Format: "Bearer {}"}}}},
 		Command: []string{"sh"},
@@ -54,6 +55,8 @@ func compare(t *testing.T, a, b *plan.Bottle) []Clause {
 // leaves calls fn for every value inside v that is no struct, pointer or list.
 func leaves(v reflect.Value, at string, fn func(string, reflect.Value)) {
 	switch v.Kind() {
+	case reflect.Pointer:
+		leaves(v.Elem(), at, fn)
 	case reflect.Struct:
 		for i := range v.NumField() {
 			leaves(v.Field(i), at+"."+v.Type().Field(i).Name, fn)
@@ -189,6 +192,10 @@ func TestClauses(t *testing.T) {
 		{"a root less", func(_, b *plan.Bottle) { b.Egress.Roots = nil }, policy.Narrows, "egress.roots"},
 		{"a root more", func(a, _ *plan.Bottle) { a.Egress.Roots = nil }, policy.Widens, "egress.roots"},
 		{"a root under another name", func(_, b *plan.Bottle) { b.Egress.Roots[0].Path = "b.pem" }, policy.Same, "egress.roots"},
+		{"an addon less", func(_, b *plan.Bottle) { b.Egress.Mitmdump = nil }, policy.Widens, "egress.mitmdump"},
+		{"an addon more", func(a, _ *plan.Bottle) { a.Egress.Mitmdump = nil }, policy.Widens, "egress.mitmdump"},
+		{"another addon", func(_, b *plan.Bottle) { b.Egress.Mitmdump.Addons[0].SHA256 = plan.SHA256(nil) }, policy.Widens, "egress.mitmdump"},
+		{"an addon under another name", func(_, b *plan.Bottle) { b.Egress.Mitmdump.Addons[0].Path = "b.py" }, policy.Same, "egress.mitmdump"},
 		{"requests more", func(_, b *plan.Bottle) { b.Egress.Rules[0].Requests = []string{"GET /*"} }, policy.Widens, "egress.rules"},
 		{"more of what looks like a key", func(_, b *plan.Bottle) { b.Egress.Rules[0].DLPAllow = []string{"github-pat", "jwt"} }, policy.Widens, "egress.rules"},
 		{"bodies that nobody looks through", func(_, b *plan.Bottle) { b.Egress.Rules[0].DLPAllow = []string{"*"} }, policy.Widens, "egress.rules"},

@@ -8,7 +8,6 @@ import (
 	"syscall"
 
 	"github.com/bottle-tools/bottle/lib/fault"
-	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/trust"
 )
 
@@ -16,23 +15,6 @@ const (
 	maxSigners = 1 << 20
 	maxLinks   = 40
 )
-
-// Reach are the folders that the guest of b may write, or that come with the
-// repository: the manifest's folder, the workspace and the mounts, resolved. The
-// modes of the plan do not matter, it is what is to be judged.
-func Reach(b *plan.Bottle, at trust.Place) []string {
-	paths := []string{at.Base, b.Workspace.Path}
-	for _, m := range b.Mounts {
-		paths = append(paths, m.Source)
-	}
-	var out []string
-	for _, p := range paths {
-		if real, _, err := at.Real(p); err == nil { // what cannot be found is not mounted either
-			out = append(out, real)
-		}
-	}
-	return out
-}
 
 func readGuarded(path string, away []string) ([]byte, error) {
 	abs, err := filepath.Abs(path)

@@ -325,7 +325,7 @@ func TestReach(t *testing.T) {
 	good := write("own/signers", 0o600)
 	inside, mounted, work := write("repo/signers", 0o600), write("data/sub/signers", 0o600), write("work/signers", 0o600)
 	link(good, "repo/out")
-	away := Reach(&plan.Bottle{Workspace: plan.Workspace{Path: "../work", Mode: "ro"}, Mounts: []plan.Mount{{Source: "~/data", Target: "/d", Mode: "ro"}, {Source: "/no/such/folder"}}},
+	away := trust.Reach(&plan.Bottle{Workspace: plan.Workspace{Path: "../work", Mode: "ro"}, Mounts: []plan.Mount{{Source: "~/data", Target: "/d", Mode: "ro"}, {Source: "/no/such/folder"}}},
 		trust.Place{Base: filepath.Join(top, "repo"), Home: top})
 	shared := write("shared/signers", 0o600)
 	if err := os.Chmod(filepath.Dir(shared), 0o770); err != nil {

@@ -186,7 +186,7 @@ func keyOf(said string) string {
 // Check is Open and Verify for a document: over the signatures that it holds
 // and those beside its manifest. away are further folders that guests write.
 func Check(ctx context.Context, d *plan.Doc, b *plan.Bottle, at trust.Place, signers, revoked string, away ...string) ([]plan.Signer, error) {
-	s, err := Open(signers, revoked, append(Reach(b, at), away...))
+	s, err := Open(signers, revoked, append(trust.Reach(b, at), away...))
 	if err != nil {
 		return nil, err
 	}

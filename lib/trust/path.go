@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/plan"
 )
 
 // Place is where the paths of a plan start from.
@@ -101,4 +102,21 @@ func resolve(abs string) (string, error) {
 func Within(dir, path string) bool {
 	rel, err := filepath.Rel(dir, path)
 	return err == nil && rel != ".." && !strings.HasPrefix(rel, "../")
+}
+
+// Reach are the folders that the guest of b may write, or that come with the
+// repository: the manifest's folder, the workspace and the mounts, resolved. The
+// modes of the plan do not matter, it is what is to be judged.
+func Reach(b *plan.Bottle, at Place) []string {
+	paths := []string{at.Base, b.Workspace.Path}
+	for _, m := range b.Mounts {
+		paths = append(paths, m.Source)
+	}
+	var out []string
+	for _, p := range paths {
+		if real, _, err := at.Real(p); err == nil { // what cannot be found is not mounted either
+			out = append(out, real)
+		}
+	}
+	return out
 }

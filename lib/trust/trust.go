@@ -51,7 +51,7 @@ type grant struct {
 
 // Needed lists, one line each, what the bottle wants that lies outside the
 // manifest's folder (symlinks resolved) or runs on the host: secrets from a
-// command, secret files, mounts, trust roots, an image and a workspace; mounts
+// command, mitmdump's addons, secret files, mounts, trust roots, an image and a workspace; mounts
 // inside of it that no guard covers; variables of the caller's environment that
 // go to a host no preset vouches for, and hidden files that are sent anywhere.
 // Lines are sorted, name no value, and are what a grant is for. Errors are faults: a
@@ -74,6 +74,11 @@ func Needed(b *plan.Bottle, at Place) ([]string, error) {
 	}
 	for _, r := range b.Egress.Roots {
 		n.outside("trust root", r.Path)
+	}
+	if m := b.Egress.Mitmdump; m != nil {
+		for _, a := range m.Addons {
+			n.lines = append(n.lines, fmt.Sprintf("mitmdump runs %s (%s), which reads and changes what inspected hosts are sent", a.Path, a.SHA256))
+		}
 	}
 	if b.Image.Kind == "path" {
 		n.outside("image", b.Image.Source)

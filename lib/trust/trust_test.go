@@ -118,6 +118,9 @@ func TestNeeded(t *testing.T) {
 			"mount at /b (ro) shows the guest hidden/.env, with files in it that are hidden in the workspace",
 		}},
 		{"root", func(b *plan.Bottle) { b.Egress.Roots = []plan.Root{{Path: "/ca.pem"}} }, []string{"trust root /ca.pem"}},
+		{"addon", func(b *plan.Bottle) {
+			b.Egress.Mitmdump = &plan.Mitmdump{Addons: []plan.Addon{{Path: "inside/f", SHA256: plan.SHA256([]byte("x"))}}}
+		}, []string{"mitmdump runs inside/f (" + plan.SHA256([]byte("x")) + "), which reads and changes what inspected hosts are sent"}},
 		{"image", func(b *plan.Bottle) { b.Image = plan.Image{Kind: "path", Source: "/"} }, []string{"image /"}},
 		{"workspace above", func(b *plan.Bottle) { b.Workspace.Path = ".." }, []string{"workspace (rw) .."}},
 		{"workspace by a symlink", func(b *plan.Bottle) { b.Workspace.Path = "escape" }, []string{"workspace (rw) escape -> " + top + "/out"}},

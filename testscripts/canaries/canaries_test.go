@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,7 +19,10 @@ import (
 
 	"github.com/tidwall/gjson"
 
+	"github.com/bottle-tools/bottle/lib/ca"
 	"github.com/bottle-tools/bottle/lib/pipelock/pipelocktest"
+	"github.com/bottle-tools/bottle/lib/sidecar"
+	"github.com/bottle-tools/bottle/lib/sidecar/sidecartest"
 	"github.com/bottle-tools/bottle/lib/smolvm"
 	"github.com/bottle-tools/bottle/lib/smolvm/smolvmtest"
 	"github.com/bottle-tools/bottle/testscripts/fakesmolvm"
@@ -215,5 +219,29 @@ func TestClaudeCode(t *testing.T) {
 	out, stderr, code := call(t, home, filepath.Join(home, "node_modules", ".bin", "claude"), "--version")
 	if code != 0 || !strings.HasPrefix(out, version) {
 		t.Errorf("claude --version: exit %d %q %q, want %s", code, out, stderr, version)
+	}
+}
+
+// TestMitmdump installs the pinned mitmproxy and starts it as a bottle's sidecar.
+// The tests of the sidecar and of whole bottles find it from then on.
+func TestMitmdump(t *testing.T) {
+	gated(t)
+	program := sidecartest.Install(t)
+	authority, err := ca.New("canary", []string{"keys.test"}, time.Now(), time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := authority.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := sidecar.Start(sidecar.Options{Program: program, Dir: t.TempDir(), Back: "127.0.0.1:9", Auth: sidecar.NewAuth(), BackAuth: sidecar.NewAuth(),
+		Authority: key, BackCA: authority.CertPEM(), Host: "keys.test", Addons: []sidecar.Addon{{Name: "a.py", Code: []byte("def request(flow): pass\n")}}}, netip.AddrPort{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Stop()
+	if err := p.Ready(t.Context()); err != nil {
+		t.Error(err)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bottle-tools/bottle/lib/pipelock/pipelocktest"
+	"github.com/bottle-tools/bottle/lib/sidecar/sidecartest"
 	"github.com/bottle-tools/bottle/testscripts/harness"
 )
 
@@ -137,6 +138,40 @@ func liveThroughPipelock(t *testing.T, w *harness.World, id string) {
 	}
 	if now := pipelockPid(w); now != pid {
 		t.Errorf("pipelock was restarted: %d, before %d", now, pid)
+	}
+}
+
+// TestPipelockWithMitmdump is the longest chain: gate, mitmdump, gate, pipelock.
+func TestPipelockWithMitmdump(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: not root")
+	}
+	mitmdump := sidecartest.Path(t)
+	program := pipelocktest.Path(t)
+	if !inside(t, "127.0.0.1 localhost\n"+pipelocktest.PublicAddr+" keys.example.com\n") {
+		return
+	}
+	throwaway := httptest.NewTLSServer(http.NotFoundHandler())
+	root := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: throwaway.Certificate().Raw})
+	throwaway.Close()
+	w := harness.NewWorld(t)
+	w.Write("upstream.crt", string(root))
+	w.Write("addon.py", "def response(flow):\n    flow.response.headers['x-addon'] = flow.request.headers.get('x-api-key', 'none')\n")
+	w.Env = append(w.Env, "BOTTLE_PIPELOCK="+program, "BOTTLE_MITMDUMP="+mitmdump, "THE_KEY="+secretValue)
+	w.Manifest(`"runtime":"gvisor","egress":{"proxy":"pipelock","roots":["upstream.crt"],"allow":["keys.example.com"],"mitmdump":{"addons":["addon.py"]}},
+		"secrets":{"THE_KEY":{"from":"env:THE_KEY","inject":[{"host":"keys.example.com","header":"x-api-key"}]}}`)
+	w.OK("bottle-vm trust")
+	id := w.Up()
+	proxyUp(t, w, id)
+	pipelocktest.Serve(t, 443, true, http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(rw, "served %s, key %v", r.Host, r.Header.Get("X-Api-Key") == secretValue)
+	}))
+	r := w.Exec(id, `curl -sS -i -m 30 -H "x-api-key: $THE_KEY" https://keys.example.com/`)
+	if !contains(r.Out, "served keys.example.com, key true") || !contains(strings.ToLower(r.Out), "x-addon: bottle-placeholder") {
+		t.Errorf("%+v\n%s\n%s", r, w.OK("bottle-vm logs --audit "+id), w.OK("bottle-vm logs "+id))
+	}
+	if log := w.OK("bottle-vm logs " + id); !contains(log, "keys.example.com:443") || contains(log, secretValue) {
+		t.Errorf("pipelock saw nothing of it:\n%s", log)
 	}
 }
 

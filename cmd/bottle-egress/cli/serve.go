@@ -86,6 +86,9 @@ func serve(ctx context.Context, p *tool.Proc, f serveFlags) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := withoutSidecar(b); err != nil {
+		return err
+	}
 	cfg, err := configure(ctx, p, f, b)
 	if err != nil {
 		return err
@@ -114,6 +117,16 @@ func serve(ctx context.Context, p *tool.Proc, f serveFlags) (err error) {
 	defer cancel()
 	died := proxy.watch(ctx, cancel)
 	return errors.Join(g.Serve(ctx, l), died())
+}
+
+// withoutSidecar refuses a plan that wants its requests read on their way: a gate
+// by itself has nobody who would keep mitmdump.
+func withoutSidecar(b *plan.Bottle) error {
+	if b.Egress.Mitmdump == nil {
+		return nil
+	}
+	return fault.New(fault.Unavailable, "no_sidecar_here", "the plan of %s has addons of mitmdump, and this gate would run without them", b.ID).
+		WithHint("bottle-vm up runs them; or take egress.mitmdump out of the manifest")
 }
 
 // checked gives the policy of a document and what follows from it. An egress

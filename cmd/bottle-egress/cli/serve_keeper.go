@@ -121,6 +121,13 @@ func keeperGate(p *tool.Proc, in *bufio.Reader) (*gate.Gate, net.Listener, *audi
 			return nil, nil, nil, err
 		}
 	}
+	if s := c.Sidecar; s != nil {
+		back, err := net.FileListener(os.NewFile(gateproc.BackFD, "sidecar"))
+		if err != nil {
+			return nil, nil, nil, fault.New(fault.Bug, "bug", "the sidecar's descriptor: %w", err)
+		}
+		cfg.Sidecar = &gate.Sidecar{Name: s.Name, Addr: s.Addr, Auth: s.Auth, BackAuth: s.BackAuth, CA: s.CA, Back: back}
+	}
 	conns, err := fdpass.New(os.NewFile(gateproc.ConnFD, "connections"))
 	if err != nil {
 		return nil, nil, nil, fault.New(fault.Bug, "bug", "the keeper's descriptor: %w", err).

@@ -318,6 +318,9 @@ func TestServeRefuses(t *testing.T) {
 		"variable not trusted": {func(b *plan.Bottle) {
 			b.Secrets = []plan.Secret{{Name: "K", From: "env:HOME", GuestCanRead: "never", Inject: []plan.Injection{{Host: "example.com", Header: "x-key"}}}}
 		}, nil, nil, fault.NoPerm, "secret K sends your $HOME to example.com"},
+		"addons": {func(b *plan.Bottle) {
+			b.Egress.Mitmdump = &plan.Mitmdump{Addons: []plan.Addon{{Path: "a.py", SHA256: plan.SHA256(nil)}}}
+		}, nil, nil, fault.Unavailable, "has addons of mitmdump, and this gate would run without them"},
 		"no --ca-cert": {func(b *plan.Bottle) { b.Egress.Rules[0].Inspect = true }, nil, nil, fault.Usage, "--ca-cert FILE"},
 		"edited egress": {func(*plan.Bottle) {}, func(d string) string {
 			_, out, _ := run(d)
@@ -350,6 +353,17 @@ func TestServeRefuses(t *testing.T) {
 	}
 	if _, err := os.Stat(file + ".ran"); err == nil {
 		t.Error("an untrusted command was run")
+	}
+}
+
+func TestServeWithoutSidecar(t *testing.T) {
+	b := bottle(allow("example.com", 443, "tls"))
+	if err := withoutSidecar(b); err != nil {
+		t.Error(err)
+	}
+	b.Egress.Mitmdump = &plan.Mitmdump{}
+	if err := withoutSidecar(b); err == nil || fault.As(err).Code != "no_sidecar_here" {
+		t.Errorf("%v", err)
 	}
 }
 

@@ -111,8 +111,9 @@ func writeJSON(out *tool.Output, v any) error {
 type shown struct {
 	listed
 	Reason   string   `json:"reason,omitempty"`
-	Gate     string   `json:"gate"`  // up | shut | down
-	Proxy    string   `json:"proxy"` // up | down | none
+	Gate     string   `json:"gate"`              // up | shut | down
+	Proxy    string   `json:"proxy"`             // up | down | none
+	Sidecar  string   `json:"sidecar,omitempty"` // up | down
 	Findings []string `json:"findings,omitempty"`
 	// Live are rules on top of the plan's (bottle-egress allow, deny).
 	Live     []live.Shown `json:"live,omitempty"`
@@ -129,9 +130,9 @@ func (v *vm) statusCommand() *tool.Command {
 		ShortHelp:  "one bottle: its phase, gate and proxy, and what was set aside",
 		LongHelp: `
 One JSON object: what ls prints of it, and gate (up, down, or shut: its audit log
-cannot be written), proxy (up, down), reason (why it stopped, or is shut),
-findings, live (rules that bottle-egress allow and deny added), audit_log and
-state_dir. Without an ID, stdin is the bottle's document.
+cannot be written), proxy and sidecar (up, down), reason (why it stopped, or is
+shut), findings, live (rules that bottle-egress allow and deny added), audit_log
+and state_dir. Without an ID, stdin is the bottle's document.
 
   bottle-vm status claude | jq -r .phase`,
 		FlagSet: fs,
@@ -150,7 +151,7 @@ state_dir. Without an ID, stdin is the bottle's document.
 				if err != nil {
 					return err
 				}
-				s.Phase, s.Reason, s.Gate, s.Proxy, s.Findings = a.Phase, a.Reason, a.Gate, a.Proxy, a.Findings
+				s.Phase, s.Reason, s.Gate, s.Proxy, s.Sidecar, s.Findings = a.Phase, a.Reason, a.Gate, a.Proxy, a.Sidecar, a.Findings
 				s.Live = live.Show(a.Live)
 			}
 			if err := writeJSON(out, s); err != nil {
@@ -188,7 +189,7 @@ The audit log outlives its bottle: bottle-vm status says where it lies.
 			if auditLog {
 				return v.decisions(ctx, b, follow)
 			}
-			return v.tail(ctx, b, []string{b.Path("keeper.log"), b.Path("engine.log"), b.Path("pipelock/pipelock.log")}, follow)
+			return v.tail(ctx, b, []string{b.Path("keeper.log"), b.Path("engine.log"), b.Path("pipelock/pipelock.log"), b.Path("mitmdump/mitmdump.log")}, follow)
 		},
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/pipelock"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/secret"
+	"github.com/bottle-tools/bottle/lib/sidecar"
 	"github.com/bottle-tools/bottle/lib/sign"
 	"github.com/bottle-tools/bottle/lib/smolfile"
 	"github.com/bottle-tools/bottle/lib/state"
@@ -138,7 +139,7 @@ func (s *starter) run(ctx context.Context) error {
 		return err
 	}
 	for _, step := range []func(context.Context) error{
-		s.place, s.expected, s.signed, s.egress, s.trusted, s.folders, s.pack, s.programs, s.proxy, s.secrets,
+		s.place, s.expected, s.signed, s.egress, s.trusted, s.folders, s.pack, s.programs, s.proxy, s.sidecar, s.secrets,
 	} {
 		if err := step(ctx); err != nil {
 			return err
@@ -377,6 +378,32 @@ func (s *starter) proxy(ctx context.Context) error {
 		s.cfg.Pipelock = prog.Path
 	}
 	return err
+}
+
+// sidecar finds mitmdump where the plan has addons for it. A virtual environment
+// in the workspace is the guest's to write, and would run on the host.
+func (s *starter) sidecar(context.Context) error {
+	if s.bottle.Egress.Mitmdump == nil {
+		return nil
+	}
+	path, err := sidecar.Find(s.p.Getenv)
+	if err != nil {
+		return err
+	}
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return fault.New(fault.Unavailable, "no_mitmdump", "mitmdump: %w", err).WithHint("install mitmproxy anew")
+	}
+	for _, dir := range trust.Reach(s.bottle, s.vm.place(s.base)) {
+		for _, p := range []string{path, real} {
+			if trust.Within(dir, p) {
+				return fault.New(fault.NoPerm, "mitmdump_in_reach", "mitmdump is %s, in %s, where a guest or a repository could change what runs on the host", p, dir).
+					WithHint("install mitmproxy outside of it, and let BOTTLE_MITMDUMP name it")
+			}
+		}
+	}
+	s.cfg.Mitmdump = path
+	return nil
 }
 
 func (s *starter) secrets(ctx context.Context) error {

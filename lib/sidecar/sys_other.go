@@ -1,0 +1,18 @@
+//go:build !linux
+
+package sidecar
+
+import (
+	"net/netip"
+	"os"
+	"syscall"
+)
+
+func sysProcAttr() *syscall.SysProcAttr {
+	return &syscall.SysProcAttr{Setpgid: true}
+}
+
+func awaitEnd(int) bool { return false }
+
+// listener: the port counts as ours, since bottles run on Linux only.
+func listener(netip.AddrPort) (uid int, ok bool) { return os.Geteuid(), true }
