@@ -12,7 +12,6 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/ca"
 	"github.com/bottle-tools/bottle/lib/fault"
-	"github.com/bottle-tools/bottle/lib/gate"
 	"github.com/bottle-tools/bottle/lib/gateproc"
 	"github.com/bottle-tools/bottle/lib/manifest"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -55,7 +54,10 @@ func startAside(k *keeper) (*asideKeeper, error) {
 	if err != nil {
 		return nil, err
 	}
-	hosts := gate.InspectedHosts(k.plan)
+	hosts := k.inspected()
+	if len(hosts) == 0 {
+		return nil, fault.New(fault.Data, "bad_addon", "the plan has addons of mitmdump, and no inspected host").WithHint("name one in egress.inspect")
+	}
 	authority, err := ca.New(k.cfg.ID+" mitmdump", hosts, k.now(), caLife)
 	if err != nil {
 		return nil, err

@@ -232,14 +232,19 @@ func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
 	return started, k.finish(started)
 }
 
-// makeCA makes the bottle's own authority where the policy opens TLS.
-func (k *keeper) makeCA() error {
-	var hosts []string
+// inspected are the hosts whose TLS the gate terminates.
+func (k *keeper) inspected() (hosts []string) {
 	for _, r := range k.plan.Egress.Rules {
 		if r.Inspect && r.Verdict == "allow" && r.Host != "" {
 			hosts = append(hosts, r.Host)
 		}
 	}
+	return hosts
+}
+
+// makeCA makes the bottle's own authority where the policy opens TLS.
+func (k *keeper) makeCA() error {
+	hosts := k.inspected()
 	if len(hosts) == 0 {
 		return nil
 	}
