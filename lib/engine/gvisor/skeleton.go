@@ -159,6 +159,17 @@ func (o ownership) give(p string) error {
 	return os.Lchown(p, o.uid, o.gid)
 }
 
+// guestFiles are all that the engine's own folder in the guest may hold; Verify
+// goes by them.
+var guestFiles = []string{
+	filepath.Base(engine.GuestHelper), filepath.Base(engine.GuestConfig), bundleFile, caFile, filepath.Base(engine.GuestTruststore),
+}
+
+const (
+	bundleFile = "ca-bundle.pem"
+	caFile     = "ca.pem"
+)
+
 // writeGuestDir fills dir, which becomes GuestDir in the guest: the helper's
 // config, the trust files, and a mountpoint for the helper itself.
 func writeGuestDir(dir string, s *engine.Spec, prepared bool) error {
@@ -168,13 +179,17 @@ func writeGuestDir(dir string, s *engine.Spec, prepared bool) error {
 	files := map[string][]byte{
 		filepath.Base(engine.GuestHelper): nil,
 		filepath.Base(engine.GuestConfig): runsc.Encode(guestConfig(s, prepared)),
-		"ca-bundle.pem":                   s.CABundle,
-		"ca.pem":                          s.CACert,
+		bundleFile:                        s.CABundle,
+		caFile:                            s.CACert,
 	}
 	if len(s.CACert) > 0 {
 		files[path.Base(engine.GuestTruststore)] = ca.Truststore(s.CABundle)
 	}
-	for name, content := range files {
+	for _, name := range guestFiles {
+		content, ok := files[name]
+		if !ok {
+			continue
+		}
 		if err := writeNew(filepath.Join(dir, name), content); err != nil {
 			return err
 		}

@@ -434,9 +434,8 @@ func (v *verifying) guestFolder(gofer int) {
 		v.f.Unknown("guest folder", "certificates, and no key", err)
 		return
 	}
-	names := []string{path.Base(engine.GuestHelper), path.Base(engine.GuestConfig), "ca-bundle.pem", "ca.pem"}
 	for _, e := range entries {
-		v.f.Only("guest folder", names, []string{e.Name()})
+		v.f.Only("guest folder", guestFiles, []string{e.Name()})
 		if e.Name() == path.Base(engine.GuestHelper) {
 			continue
 		}
