@@ -53,8 +53,9 @@ func growth(do func()) uint64 {
 	return most - min(most, before)
 }
 
-// unleaked notes what the process holds, and gives a check that it is no more.
-func unleaked(t *testing.T) func() {
+// unleaked notes what the process holds, and gives a check that it is no more,
+// once hosts that are late have been let go as well.
+func unleaked(t *testing.T, letGo func()) func() {
 	t.Helper()
 	fds := func() int {
 		entries, err := os.ReadDir("/proc/self/fd")
@@ -72,6 +73,7 @@ func unleaked(t *testing.T) func() {
 				return
 			}
 			time.Sleep(20 * time.Millisecond)
+			letGo()
 		}
 		stacks := make([]byte, 1<<20)
 		t.Errorf("%d goroutines, %d before; %d descriptors, %d before\n%.20000s", runtime.NumGoroutine(), goroutines, fds(), files,
@@ -108,10 +110,11 @@ func (hang) LookupNetIP(ctx context.Context, _, _ string) ([]netip.Addr, error) 
 func startAbuse(t *testing.T) *abuse {
 	a := &abuse{port: map[string]int{}, said: &bytes.Buffer{}}
 	a.let = make(chan struct{})
-	hold := func() { // until the gate has lost its patience
+	hold := func(c *net.TCPConn) { // until the gate has lost its patience
 		a.mu.Lock()
 		let := a.let
 		a.mu.Unlock()
+		io.Copy(io.Discard, c)
 		<-let
 	}
 	t.Cleanup(a.letGo)
@@ -126,8 +129,8 @@ func startAbuse(t *testing.T) *abuse {
 		name, protocol string
 		serve          func(c *net.TCPConn)
 	}{
-		{"holds.test", "tcp", func(c *net.TCPConn) { io.Copy(io.Discard, c); hold() }},
-		{"silent.test", "tls", func(c *net.TCPConn) { io.Copy(io.Discard, c); hold() }},
+		{"holds.test", "tcp", hold},
+		{"silent.test", "tls", hold},
 		{"resets.test", "tls", func(c *net.TCPConn) { c.Read(make([]byte, 1)); c.SetLinger(0) }},
 		{"resets-body.test", "http", func(c *net.TCPConn) {
 			c.Read(make([]byte, 1000))
@@ -141,7 +144,7 @@ func startAbuse(t *testing.T) *abuse {
 			time.Sleep(10 * time.Millisecond)
 			c.SetLinger(0)
 		}},
-		{"silent-web.test", "http", func(c *net.TCPConn) { io.Copy(io.Discard, c); hold() }},
+		{"silent-web.test", "http", hold},
 	} {
 		a.port[h.name] = serveTCP(t, h.serve)
 		rules = append(rules, pin(allowHost(h.name, h.protocol, a.port[h.name]), "127.0.0.1"))
@@ -213,7 +216,7 @@ func TestAbuse(t *testing.T) {
 		{"the address says nothing", func(c *net.UnixConn) { a.open(c, "silent-net.test"); io.WriteString(c, quietNet) }, "upstream_timeout"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			whole := unleaked(t)
+			whole := unleaked(t, a.letGo)
 			var wg sync.WaitGroup
 			for range each {
 				wg.Go(func() {
@@ -266,29 +269,30 @@ func TestAbuse(t *testing.T) {
 // bounded amount of memory.
 func TestThousandHeadsInMemory(t *testing.T) {
 	const n, most = 1000, 400 << 20
-	a := startAbuse(t)
+	l := defaultLimits
+	l.head, l.handshake = 5*time.Minute, 5*time.Minute
+	port := serveTCP(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
+	a := start(t, []plan.Rule{pin(allowHost("silent.test", "tls", port), "127.0.0.1")}, nil, func(c *Config) { c.limits = &l })
 	hello := clientHello(t, &tls.Config{ServerName: "silent.test"})
 	big := append(bytes.Clone(hello[:5]), 1, 0, 0x7f, 0xff) // a ClientHello of 32 KiB is to come
 	big[3], big[4] = 0x40, 0
 	big = append(big, bytes.Repeat([]byte{0}, 16<<10-10)...)
 	for name, send := range map[string]string{
 		"heads":  "GET http://a/ HTTP/1.1\r\nHost: a\r\nX: " + strings.Repeat("x", maxHead-100),
-		"hellos": fmt.Sprintf("CONNECT %s HTTP/1.1\r\n\r\n", a.at("silent.test")) + string(big),
+		"hellos": fmt.Sprintf("CONNECT %s HTTP/1.1\r\n\r\n", hostPort("silent.test", port)) + string(big),
 	} {
-		l := a.gate.limits
-		a.gate.limits.head, a.gate.limits.handshake = 20*time.Second, 20*time.Second
 		used := growth(func() {
 			var wg sync.WaitGroup
 			conns := make([]net.Conn, n)
 			for i := range conns {
 				conns[i], _ = net.Dial("unix", a.sock)
 				wg.Go(func() {
-					conns[i].SetDeadline(time.Now().Add(20 * time.Second))
+					conns[i].SetDeadline(time.Now().Add(2 * time.Minute))
 					io.WriteString(conns[i], send)
 				})
 			}
 			wg.Wait()
-			for range 1000 {
+			for range 10_000 {
 				if a.gate.Stats().Conns == n {
 					break
 				}
@@ -303,7 +307,6 @@ func TestThousandHeadsInMemory(t *testing.T) {
 			}
 		})
 		a.settled()
-		a.gate.limits = l
 		t.Logf("%s: %d MiB more for %d connections", name, used>>20, n)
 		if used > most {
 			t.Errorf("%s: %d MiB more for %d connections", name, used>>20, n)
