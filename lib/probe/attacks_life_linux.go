@@ -58,6 +58,15 @@ func lifeProbes() []*probe {
 			}
 			return ""
 		}},
+		{Info: info("R04", "wrapper-killed", "C03", "the command goes on when what started the sandbox is killed (SIGKILL)"), batch: batchKilled, try: func(c *inside, token string) {
+			_ = daemon([]string{token, filepath.Join(c.Workspace, "beat-"+token)})
+		}, leak: func(l *lab, token string) string {
+			found := l.outlived(token)
+			if l.group != nil {
+				_ = syscall.Kill(-l.group.Pid, syscall.SIGKILL)
+			}
+			return found
+		}},
 		{Info: info("R03", "terminal", "", "characters pushed into the caller's terminal (TIOCSTI)"), batch: batchTerminal, skip: func(l *lab) string { return l.noTerminal }, try: func(_ *inside, token string) {
 			for _, fd := range terminals() {
 				for _, b := range []byte(token + "\n") {

@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -240,7 +241,15 @@ func (l *lab) sandbox(ctx context.Context, name string, own []*chosen, tasks []t
 	limit := l.o.Timeout
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	cmd := l.command(ctx, l.expand(l.o.Sandbox, l.client(tasks)))
+	line := l.expand(l.o.Sandbox, l.client(tasks))
+	if name == batchKilled {
+		line += "\nexit $?" // a shell does not become its last command then, so that the sandbox is its child
+	}
+	cmd := l.command(ctx, line)
+	if name == batchKilled {
+		cmd.Cancel = func() error { return nil } // what is left is looked at first
+		defer func() { l.group = cmd.Process }()
+	}
 	log := l.openLog(name)
 	defer log.Close()
 	fmt.Fprintf(log, "== %s: %s\n", name, l.o.Sandbox)
@@ -290,7 +299,18 @@ func (l *lab) sandbox(ctx context.Context, name string, own []*chosen, tasks []t
 			return err
 		}
 	}
+	if name == batchKilled {
+		kctx, stop := context.WithCancel(ctx)
+		defer stop()
+		go l.killWrapper(kctx, cmd.Process.Pid, tasks[0].Token)
+	}
 	_ = wait()
+	if name == batchKilled {
+		time.Sleep(killGrace)
+		for id := range started {
+			ended[id] = true // nobody is left to say so
+		}
+	}
 	if ctx.Err() != nil {
 		fmt.Fprintf(log, "== ended after %s\n", limit)
 	}
@@ -310,6 +330,32 @@ func (l *lab) sandbox(ctx context.Context, name string, own []*chosen, tasks []t
 			WithHint("@PROBE stands for a command with arguments that must not be quoted anew; --inside says what the sandbox calls @WORKSPACE, in which the program lies")
 	}
 	return nil
+}
+
+// killGrace is how long what a killed wrapper has left may take to end.
+const killGrace = 3 * time.Second
+
+// killWrapper kills the sandbox command, which is the child of the shell, once
+// the client is at work. What that has started itself is its own business.
+func (l *lab) killWrapper(ctx context.Context, pid int, token string) {
+	for {
+		if _, err := os.Lstat(l.ws("beat-" + token)); err == nil {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+	time.Sleep(200 * time.Millisecond)
+	raw, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	_ = syscall.Kill(pid, syscall.SIGKILL)
+	for _, child := range strings.Fields(string(raw)) {
+		if n, err := strconv.Atoi(child); err == nil {
+			_ = syscall.Kill(n, syscall.SIGKILL)
+		}
+	}
 }
 
 func badSandbox(err error) error {

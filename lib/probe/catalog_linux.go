@@ -18,6 +18,7 @@ const (
 	batchMain     = "main"
 	batchDaemon   = "daemon"
 	batchFlood    = "flood"
+	batchKilled   = "killed"
 	batchTerminal = "terminal"
 	batchGit      = "git"
 	batchNoGit    = "no-git"

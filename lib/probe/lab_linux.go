@@ -53,7 +53,8 @@ type lab struct {
 	// noTerminal is why R03 cannot be decided, or "".
 	noTerminal string
 	pushed     string
-	proxied    bool // the client was given a proxy
+	proxied    bool        // the client was given a proxy
+	group      *os.Process // the leader of what a killed wrapper left
 	stderr     io.Writer
 	modes      io.Writer
 	modeSet    chan struct{}
