@@ -37,6 +37,10 @@ func newSpec(t *testing.T) *engine.Spec {
 	if err := os.WriteFile(filepath.Join(dir, "rootfs/bin/tool"), []byte("original"), 0o755); err != nil {
 		t.Fatal(err)
 	}
+	// Whoever runs the test: the guest's agent may write.
+	if err := os.Chmod(filepath.Join(dir, "work"), 0o777); err != nil {
+		t.Fatal(err)
+	}
 	helper := filepath.Join(dir, "bottle-guest")
 	if err := os.WriteFile(helper, []byte("#!/bin/sh\n"), 0o755); err != nil {
 		t.Fatal(err)
@@ -189,6 +193,8 @@ func TestPrepareRefuses(t *testing.T) {
 		{"image host", "smolvm_image", func(_ *testing.T, s *engine.Spec) { s.Rootfs = "" }},
 		{"no socket yet", "", func(_ *testing.T, s *engine.Spec) { s.GateSocket = "" }},
 		{"pids", "smolvm_pids", func(_ *testing.T, s *engine.Spec) { s.Bottle.Resources.Pids = 10 }},
+		{"a workspace of root's", rootOnly("smolvm_root_workspace"), func(_ *testing.T, s *engine.Spec) { os.Chmod(s.Workspace, 0o755) }},
+		{"a workspace of root's, read-only", "", func(_ *testing.T, s *engine.Spec) { os.Chmod(s.Workspace, 0o755); s.ReadOnly = true }},
 		{"other owner", "smolvm_host_uid", func(_ *testing.T, s *engine.Spec) { s.HostUID++ }},
 		{"socket path too long", "smolvm_socket", func(_ *testing.T, s *engine.Spec) { s.GateSocket = "/" + strings.Repeat("a", 107) }},
 		{"socket path with colon", "smolvm_socket", func(_ *testing.T, s *engine.Spec) { s.GateSocket = "/a:b" }},
@@ -713,4 +719,12 @@ func monitorsBelow(dir string) int {
 		}
 	}
 	return n
+}
+
+// rootOnly is a refusal that only root meets.
+func rootOnly(code string) string {
+	if os.Geteuid() != 0 {
+		return ""
+	}
+	return code
 }

@@ -44,12 +44,21 @@ func checkSpec(s *engine.Spec, euid int) error {
 	case s.HostUID != euid:
 		return refuse("smolvm_host_uid", "workspace", "run it as the workspace's owner, or use runtime gvisor",
 			"the guest's writes would belong to uid %d, not to the workspace's owner, uid %d", euid, s.HostUID)
+	case euid == 0 && b.User == "agent" && !s.ReadOnly && !openToAll(s.Workspace):
+		return refuse("smolvm_root_workspace", "workspace", "run it as a plain user who owns the workspace, say \"user\": \"root\", or use runtime gvisor",
+			"the workspace belongs to root, and the guest's agent, who is not, could not write to it")
 	case s.GateSocket != "" && (!filepath.IsAbs(s.GateSocket) || len(s.GateSocket) > maxSocketPath || strings.Contains(s.GateSocket, ":")):
 		// Before Start there may be none yet.
 		return refuse("smolvm_socket", "", "use a shorter runtime folder without a colon in its path",
 			"%q cannot be the gate's socket", s.GateSocket)
 	}
 	return nil
+}
+
+// openToAll tells whether everybody may write to dir.
+func openToAll(dir string) bool {
+	fi, err := os.Stat(dir)
+	return err == nil && fi.Mode().Perm()&0o002 != 0
 }
 
 // volumes gives the folders that the guest gets, in mount order, or refuses.

@@ -196,7 +196,18 @@ func userOf(name string) guest.User {
 	if name == "root" {
 		return guest.User{Name: "root", Home: engine.GuestHome}
 	}
-	return guest.User{Name: engine.GuestUser, UID: engine.GuestUID, GID: engine.GuestUID, Home: engine.GuestHome}
+	uid, gid := agentIDs(os.Geteuid(), os.Getegid())
+	return guest.User{Name: engine.GuestUser, UID: uid, GID: gid, Home: engine.GuestHome}
+}
+
+// agentIDs are those of the guest's agent. smolvm's file server passes them
+// through as they are, so they are those of the workspace's owner, who runs it;
+// for root they are the usual ones, and Prepare refuses a workspace to write to.
+func agentIDs(euid, egid int) (uid, gid int) {
+	if euid == 0 {
+		return engine.GuestUID, engine.GuestUID
+	}
+	return euid, egid
 }
 
 func copyFile(from, to string, mode os.FileMode) error {
