@@ -1,0 +1,299 @@
+//go:build linux
+
+// Package smolvm is the suite of engine smolvm on the real thing: it runs inside
+// of the rig (scripts/test-smolvm), where smolvm boots microVMs, and nowhere
+// else. The test binary, the tools, an installed smolvm and an image lie in the
+// folder that BOTTLE_RIG_JOB names.
+package smolvm
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/tidwall/gjson"
+)
+
+// callLimit is for an emulated machine on a busy host.
+const callLimit = 15 * time.Minute
+
+// world is one user's place in the rig.
+type world struct {
+	t    *testing.T
+	dir  string
+	cred *syscall.Credential
+	env  []string
+}
+
+type result struct {
+	code     int
+	out, err string
+}
+
+// inRig skips outside of the rig, and says so.
+func inRig(t *testing.T) string {
+	t.Helper()
+	job := os.Getenv("BOTTLE_RIG_JOB")
+	if job == "" {
+		t.Skip("SKIPPED: no microVM boots here; scripts/test-smolvm runs this inside of the rig")
+	}
+	return job
+}
+
+// newWorld makes a place for the named user, in memory: smolvm's disks are
+// sparse files of 20 GiB, which not every file system takes.
+func newWorld(t *testing.T, name string) *world {
+	t.Helper()
+	job := inRig(t)
+	u, err := user.Lookup(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	uid, _ := strconv.Atoi(u.Uid)
+	gid, _ := strconv.Atoi(u.Gid)
+	dir, err := os.MkdirTemp("/tmp", "w.")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &world{t: t, dir: dir, cred: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
+	w.env = []string{
+		"PATH=" + filepath.Join(job, "bin") + ":" + os.Getenv("PATH"), "HOME=" + dir, "LC_ALL=C.UTF-8",
+		// smolvm unpacks itself once for each user; one home a user spares that.
+		"XDG_CACHE_HOME=" + filepath.Join(os.TempDir(), "cache-"+name),
+		"BOTTLE_SMOLVM=" + os.Getenv("BOTTLE_SMOLVM"),
+	}
+	if uid == 0 {
+		w.env = append(w.env, "SMOLVM_VM_UID_DROP=off")
+	}
+	for _, d := range []string{dir, filepath.Join(os.TempDir(), "cache-"+name), filepath.Join(dir, "ws"), filepath.Join(dir, "img")} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chown(d, uid, gid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.ok("tar -C img -xf " + filepath.Join(job, "image.tar"))
+	t.Cleanup(func() {
+		if r := w.sh("bottle-vm down $(bottle-vm ls | jq -r .id); bottle-gc --check; smolvm=$BOTTLE_SMOLVM; $smolvm machine ls --json | jq length"); r.code != 0 || !strings.HasSuffix(r.out, "0\n") {
+			t.Errorf("something is left: %+v", r)
+		}
+		os.RemoveAll(dir)
+	})
+	return w
+}
+
+func (w *world) sh(script string) result {
+	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", script)
+	cmd.Dir, cmd.Env = w.dir, w.env
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: w.cred}
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	if cmd.ProcessState == nil {
+		w.t.Fatal(err)
+	}
+	return result{cmd.ProcessState.ExitCode(), out.String(), errs.String()}
+}
+
+func (w *world) ok(script string) string {
+	w.t.Helper()
+	r := w.sh(script)
+	if r.code != 0 {
+		w.t.Fatalf("%s: %+v", script, r)
+	}
+	return r.out
+}
+
+// manifest of one agent "sh" with a bottle on smolvm.
+func (w *world) manifest(more string) {
+	w.t.Helper()
+	guest := "agent"
+	if w.cred.Uid == 0 {
+		guest = "root"
+	}
+	text := fmt.Sprintf(`{"format_version":"1.0","bottles":{"dev":{"runtime":"smolvm","image":"./img","user":%q,
+		"workspace":{"path":"ws","mode":"rw"},"resources":{"cpus":1,"memory_mib":512}%s}},
+		"agents":{"sh":{"bottle":"dev","command":["sh"]}}}`, guest, more)
+	if err := os.WriteFile(filepath.Join(w.dir, "bottle.json"), []byte(text), 0o644); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func (w *world) up() string {
+	w.t.Helper()
+	doc := w.ok("bottle-plan sh | bottle-egress | bottle-pack | bottle-vm up")
+	if got := gjson.Get(doc, "vm.runtime").Str; got != "smolvm" {
+		w.t.Fatalf("it runs on %q", got)
+	}
+	return gjson.Get(doc, "vm.id").Str
+}
+
+func eachUser(t *testing.T, f func(*testing.T, *world)) {
+	for _, name := range []string{"root", "user"} {
+		t.Run(name, func(t *testing.T) { f(t, newWorld(t, name)) })
+	}
+}
+
+// doctor knows by a boot that the engine works.
+func TestDoctorBoots(t *testing.T) {
+	w := newWorld(t, "user")
+	out := w.sh("bottle-vm doctor --timeout 10m").out
+	for line := range strings.Lines(out) {
+		if gjson.Get(line, "check").Str == "engine smolvm" {
+			if !gjson.Get(line, "ok").Bool() {
+				t.Error(line)
+			}
+			return
+		}
+	}
+	t.Errorf("no word about smolvm: %s", out)
+}
+
+// The life of a bottle: commands in all their forms, copies, the end.
+func TestLife(t *testing.T) {
+	eachUser(t, func(t *testing.T, w *world) {
+		w.manifest("")
+		id := w.up()
+		for _, c := range []struct {
+			name, script string
+			code         int
+			out, err     string
+		}{
+			{"both streams", "bottle-vm exec ID -- sh -c 'echo out; echo err >&2'", 0, "out\n", "err\n"},
+			{"stdin", "printf 'one\\ntwo\\n' | bottle-vm exec ID -- cat", 0, "one\ntwo\n", ""},
+			{"a guest's 1", "bottle-vm exec ID -- sh -c 'echo Error: mine >&2; exit 1'", 1, "", "Error: mine\n"},
+			{"3", "bottle-vm exec ID -- sh -c 'exit 3'", 3, "", ""},
+			{"a guest's 124", "bottle-vm exec ID -- sh -c 'exit 124'", 124, "", ""},
+			{"a guest's 125", "bottle-vm exec ID -- sh -c 'exit 125'", 125, "", ""},
+			{"255", "bottle-vm exec ID -- sh -c 'exit 255'", 255, "", ""},
+			{"killed", "bottle-vm exec ID -- sh -c 'kill -9 $$'", 137, "", ""},
+			{"terminated", "bottle-vm exec ID -- sh -c 'kill -TERM $$'", 143, "", ""},
+			{"folder and variable", "bottle-vm exec -w /tmp -e 'A=b c' ID -- sh -c 'pwd; echo \"$A\"'", 0, "/tmp\nb c\n", ""},
+			{"workspace", "bottle-vm exec ID -- sh -c 'echo from the guest > f' && cat ws/f", 0, "from the guest\n", ""},
+		} {
+			r := w.sh(strings.ReplaceAll(c.script, "ID", id))
+			if r.code != c.code || r.out != c.out || r.err != c.err {
+				t.Errorf("%s: %+v", c.name, r)
+			}
+		}
+		if r := w.sh("bottle-vm exec " + id + " -- nosuchcommand"); r.code != 127 {
+			t.Errorf("no such command: %+v", r)
+		}
+		if r := w.sh("bottle-vm exec --timeout 3s " + id + " -- sleep 1000"); r.code != 124 || !strings.Contains(r.err, "timeout") {
+			t.Errorf("timeout: %+v", r)
+		}
+
+		// A folder both ways; what leads out of it does not come along.
+		w.ok("mkdir -p d/e && echo content > d/e/f && bottle-vm cp d " + id + ":/workspace/ && bottle-vm cp " + id + ":/workspace/d back")
+		if got := w.ok("cat back/e/f back/d/e/f 2>/dev/null; cat ws/d/e/f"); !strings.Contains(got, "content\n") {
+			t.Errorf("copied: %q", got)
+		}
+		if r := w.sh("ln -s /etc/passwd out && bottle-vm exec " + id + " -- ln -s /etc/passwd link && bottle-vm cp " + id + ":/workspace/link taken; cat taken"); strings.Contains(r.out, "root:") {
+			t.Errorf("a link of the guest was followed: %+v", r)
+		}
+
+		w.ok("bottle-vm stop " + id)
+		if got := gjson.Get(w.ok("bottle-vm status "+id), "phase").Str; got != "stopped" {
+			t.Errorf("phase %q", got)
+		}
+		if r := w.sh("bottle-vm exec " + id + " -- true"); r.code != 125 {
+			t.Errorf("exec of a stopped bottle: %+v", r)
+		}
+		w.ok("bottle-vm down " + id + " && bottle-vm down " + id)
+	})
+}
+
+// Two at once know nothing of each other.
+func TestTwo(t *testing.T) {
+	w := newWorld(t, "user")
+	w.manifest("")
+	a, b := w.up(), w.up()
+	if w.ok("bottle-vm exec "+a+" -- hostname") == w.ok("bottle-vm exec "+b+" -- hostname") {
+		t.Error("they have one name")
+	}
+	w.ok("bottle-vm down " + a)
+	w.ok("bottle-vm exec " + b + " -- true")
+}
+
+// The jail: one way out, and the gate at its end. The first two probes are those
+// that claude_bottle planned.
+func TestJail(t *testing.T) {
+	w := newWorld(t, "user")
+	hits := make(chan string, 100)
+	listen := func(addr string) int {
+		l, err := net.Listen("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				hits <- l.Addr().String()
+				fmt.Fprint(c, "HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nhi\n")
+				c.Close()
+			}
+		}()
+		return l.Addr().(*net.TCPAddr).Port
+	}
+	allowed, other := listen("127.0.0.1:0"), listen("127.0.0.1:0")
+	w.manifest(fmt.Sprintf(`,"egress":{"allow":[{"host":"web.test","ports":[%d],"protocol":"http","addresses":["127.0.0.1"]}]}`, allowed))
+	id := w.up()
+	reached := func() (got []string) {
+		for {
+			select {
+			case a := <-hits:
+				got = append(got, a)
+			case <-time.After(time.Second):
+				return got
+			}
+		}
+	}
+	wget := func(env, url string) { w.sh("bottle-vm exec " + id + " -- sh -c '" + env + " wget -q -T 5 -O- " + url + "'") }
+
+	t.Run("control", func(t *testing.T) {
+		wget("", fmt.Sprintf("http://web.test:%d/", allowed))
+		if got := reached(); len(got) != 1 {
+			t.Fatalf("what is allowed was not reached: %v", got)
+		}
+	})
+	t.Run("localhost-reach", func(t *testing.T) {
+		for _, p := range []int{allowed, other} {
+			for _, h := range []string{"127.0.0.1", "localhost", "10.0.2.15", "100.96.0.1", "host.smolvm.internal", "[::1]"} {
+				wget("unset http_proxy HTTP_PROXY;", fmt.Sprintf("http://%s:%d/", h, p))
+				wget("", fmt.Sprintf("http://%s:%d/", h, p))
+			}
+		}
+		if got := reached(); len(got) != 0 {
+			t.Errorf("host ports answered: %v", got)
+		}
+	})
+	t.Run("egress-port-bypass", func(t *testing.T) {
+		wget("", fmt.Sprintf("http://web.test:%d/", other))
+		wget("unset http_proxy HTTP_PROXY;", fmt.Sprintf("http://web.test:%d/", other))
+		if got := reached(); len(got) != 0 {
+			t.Errorf("another port of an allowed host answered: %v", got)
+		}
+	})
+	t.Run("devices", func(t *testing.T) {
+		if got := w.ok("bottle-vm exec " + id + " -- sh -c 'cat /proc/net/route; ls /sys/class/net'"); strings.Contains(got, "eth") {
+			t.Errorf("the guest has a network device: %s", got)
+		}
+	})
+}
