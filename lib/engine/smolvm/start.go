@@ -292,19 +292,24 @@ func startTwice(ctx context.Context, c *smolvm.Client, id, dir string) error {
 
 // probe waits until commands run in the guest and the helper relays.
 func probe(ctx context.Context, c *smolvm.Client, id string) error {
+	r, err := firstExec(ctx, c, id, engine.GuestHelper, "await", engine.GuestProxy)
+	if err == nil && r.Code != 0 {
+		return fault.New(fault.Unavailable, "guest_failed", "the guest helper did not get ready: status %d, %.200q", r.Code, r.Stderr).
+			WithHint("see what it said with: smolvm machine logs; the image has to be of this machine's architecture")
+	}
+	return err
+}
+
+// firstExec runs a command in a guest that has just been started, and waits for
+// one that smolvm does not know as running yet.
+func firstExec(ctx context.Context, c *smolvm.Client, id string, argv ...string) (smolvm.Result, error) {
 	for try := 1; ; try++ {
-		r, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: probeLimit}, engine.GuestHelper, "await", engine.GuestProxy)
-		switch {
-		case err == nil && r.Code == 0:
-			return nil
-		case err == nil:
-			return fault.New(fault.Unavailable, "guest_failed", "the guest helper did not get ready: status %d, %.200q", r.Code, r.Stderr).
-				WithHint("see what it said with: smolvm machine logs; the image has to be of this machine's architecture")
-		case !errors.Is(err, smolvm.ErrNotRunning) || try == probeTries:
-			return err
+		r, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: probeLimit}, argv...)
+		if !errors.Is(err, smolvm.ErrNotRunning) || try == probeTries {
+			return r, err
 		}
 		if serr := sleep(ctx, probePause); serr != nil {
-			return join(err, serr)
+			return r, join(err, serr)
 		}
 	}
 }
@@ -382,7 +387,7 @@ func (e *Engine) Check(ctx context.Context, dir string) (err error) {
 	if err := startTwice(ctx, c, id, dir); err != nil {
 		return explainBoot(err, e.getenv)
 	}
-	r, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: probeLimit}, "true")
+	r, err := firstExec(ctx, c, id, "true")
 	if err == nil && r.Code != 0 {
 		err = fmt.Errorf("true ended with %d", r.Code)
 	}
