@@ -63,6 +63,10 @@ smolvm: tools ## install smolvm, two pinned versions, into your data folder
 rig: ## a machine in which smolvm boots, where KVM does not work; needs root or user namespaces
 	scripts/rig build
 
+.PHONY: test-smolvm
+test-smolvm: tools ## engine smolvm with real microVMs, inside of the rig; emulated, so it takes its time
+	scripts/test-smolvm
+
 .PHONY: up
 up: build ## start the bottle of AGENT=name
 	scripts/bottle start $(AGENT)
