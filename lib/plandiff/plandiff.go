@@ -53,7 +53,7 @@ func Compare(a, b *plan.Bottle) ([]Clause, error) {
 	d.ordered("user", a.User, b.User, "agent", "root")
 	d.ordered("home", a.Home, b.Home, "discard", "keep")
 	d.workspace(a.Workspace, b.Workspace)
-	d.mounts(a.Mounts, b.Mounts)
+	d.mounts(a.Mounts, b)
 	d.hide(a.Hide, b.Hide)
 	d.env(a, b)
 	d.files(a.Files, b.Files)
@@ -215,7 +215,8 @@ func inside(p, dir string) bool {
 	return strings.HasPrefix(p, strings.TrimSuffix(dir, "/")+"/")
 }
 
-func (d *diff) mounts(a, b []plan.Mount) {
+func (d *diff) mounts(a []plan.Mount, after *plan.Bottle) {
+	b := after.Mounts
 	target := func(m plan.Mount) string { return m.Target }
 	if x, y := common(a, b), common(b, a); !slices.Equal(x, y) {
 		d.widens("mounts", x, y, "in another order one may show what another one covered")
@@ -226,11 +227,9 @@ func (d *diff) mounts(a, b []plan.Mount) {
 		case x == nil:
 			d.widens(at, nil, y, "more of the host is shown")
 		case y == nil:
-			for _, m := range b {
-				if inside(x.Target, m.Target) {
-					d.widens(at, x, nil, "what "+m.Target+" holds at this place was covered, and is not any more")
-					return
-				}
+			if what := covered(x, after); what != "" {
+				d.widens(at, x, nil, "what "+what+" holds at this place was covered, and is not any more")
+				return
 			}
 			d.narrows(at, x, nil)
 		default:
@@ -239,6 +238,23 @@ func (d *diff) mounts(a, b []plan.Mount) {
 			d.unknown(at, *x, *y, "Source", "Target", "Mode")
 		}
 	})
+}
+
+// covered is what a mount that is gone has lain over and what is seen in its
+// place now, another mount or a kept home; "" for nothing of the host's. In the
+// workspace nothing can be mounted.
+func covered(gone *plan.Mount, b *plan.Bottle) string {
+	for _, m := range b.Mounts {
+		if inside(gone.Target, m.Target) {
+			return m.Target
+		}
+	}
+	for _, home := range homes { // an engine may lay either of them out
+		if b.Home == "keep" && (gone.Target == home || inside(gone.Target, home)) {
+			return "the kept home"
+		}
+	}
+	return ""
 }
 
 // common are the targets of a that b has too, in the order of a.

@@ -168,6 +168,24 @@ func TestClauses(t *testing.T) {
 		}, policy.Widens, `mounts["/x"]`},
 		{"a mount that covered less", func(_, b *plan.Bottle) { b.Mounts = b.Mounts[:1] }, policy.Widens, `mounts["/data/keys"]`},
 		{"a mount less", func(a, b *plan.Bottle) { a.Mounts, b.Mounts = a.Mounts[:1], nil }, policy.Narrows, `mounts["/data"]`},
+		{"what covered a part of a kept home is gone", func(a, b *plan.Bottle) {
+			a.Home, b.Home = "keep", "keep"
+			a.Mounts, b.Mounts = []plan.Mount{{Source: "empty", Target: "/home/agent/.config", Mode: "ro"}}, nil
+		}, policy.Widens, `mounts["/home/agent/.config"]`},
+		{"what covered a part of a home that is not kept is gone", func(a, b *plan.Bottle) {
+			a.Mounts, b.Mounts = []plan.Mount{{Source: "empty", Target: "/home/agent/.config", Mode: "ro"}}, nil
+		}, policy.Narrows, `mounts["/home/agent/.config"]`},
+		{"a host more that the addons read", func(a, b *plan.Bottle) {
+			a.Secrets, b.Secrets = nil, nil
+			for _, p := range []*plan.Bottle{a, b} {
+				p.Egress.Rules[0].Requests, p.Egress.Rules[0].RequestsFrom = nil, ""
+				p.Egress.Rules[0].Inspect = p == b
+			}
+		}, policy.Widens, "egress.rules"},
+		{"what covered a part of a kept home is gone, as root", func(a, b *plan.Bottle) {
+			a.Home, b.Home, a.User, b.User = "keep", "keep", "root", "root"
+			a.Mounts, b.Mounts = []plan.Mount{{Source: "empty", Target: "/home/agent/.config", Mode: "ro"}}, nil
+		}, policy.Widens, `mounts["/home/agent/.config"]`},
 		{"mounts in another order", func(_, b *plan.Bottle) { slices.Reverse(b.Mounts) }, policy.Widens, "mounts"},
 		{"a mount below the other", func(_, b *plan.Bottle) { b.Mounts[0].Source = "~/data/public" }, policy.Narrows, `mounts["/data"].source`},
 		{"a read-write mount", func(_, b *plan.Bottle) { b.Mounts[0].Mode = "rw" }, policy.Widens, `mounts["/data"].mode`},

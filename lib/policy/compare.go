@@ -252,6 +252,8 @@ func (c *comparison) wider(x, y *side, host string, rx, ry *plan.Rule) string {
 		return fmt.Sprintf("protocol %s lets other things through than %s", ry.Protocol, rx.Protocol)
 	case ix && !iy:
 		return "it is not inspected any more: what was read leaves unseen"
+	case !ix && iy && y.bottle.Egress.Mitmdump != nil:
+		return "it is inspected now, and so read and changed by the addons of mitmdump"
 	}
 	if why := moreRequests(rx, ry); why != "" {
 		return why
