@@ -329,7 +329,7 @@ func fold(entries []Entry, least int, b *plan.Bottle) []Entry {
 	groups := map[key][]int{}
 	for i, e := range entries {
 		_, parent, ok := strings.Cut(e.Host, ".")
-		if _, err := policy.Normalize("*." + parent); !ok || err != nil || len(e.Addresses) > 0 || needed(e.Host) {
+		if _, err := policy.Normalize("*." + parent); !ok || err != nil || len(e.Addresses) > 0 || len(e.Requests) > 0 || needed(e.Host) {
 			continue
 		}
 		k := key{parent, fmt.Sprint(e.Ports), e.Protocol}

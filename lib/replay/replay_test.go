@@ -385,6 +385,27 @@ func TestLearnWildcards(t *testing.T) {
 	}
 }
 
+// TestLearnWildcardsKeepRequests: what holds one host to some requests is not
+// lost in a wildcard, nor put on the others.
+func TestLearnWildcardsKeepRequests(t *testing.T) {
+	const text = `{"format_version":"1.0","bottles":{"dev":{"egress":{"allow":[{"host":"p.w.test","protocol":"http","requests":["GET /a"]},{"host":"q.w.test","protocol":"http"},{"host":"r.w.test","protocol":"http"}]}}},"agents":{"a":{"bottle":"dev","command":["a"]}}}`
+	l := read(t, events("allow http p.w.test:80 GET /a", "allow http q.w.test:80 GET /", "allow http r.w.test:80 GET /")...)
+	for range 20 { // entries are made in no order
+		lesson, err := Learn(l, Options{Plan: load(t, text), Wildcards: 2})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range lesson.Allow {
+			if (e.Host == "p.w.test") != (len(e.Requests) > 0) {
+				t.Fatalf("%+v", lesson.Allow)
+			}
+		}
+		if len(lesson.Allow) != 2 || lesson.Allow[0].Host != "*.w.test" || lesson.Allow[1].Host != "p.w.test" {
+			t.Fatalf("%+v", lesson.Allow)
+		}
+	}
+}
+
 // TestLearnServes: whatever a log holds, the patch applies, the manifest is
 // good, what was allowed is allowed, and what is proposed was asked for.
 func TestLearnServes(t *testing.T) {
