@@ -23,6 +23,7 @@ const (
 	maxDepth = 6
 
 	minRun    = 16  // characters of an encoded word
+	maxPrefix = 512 // characters of a word in which base64 may begin
 	bigRun    = 256 // from here on it is decoded though it does not look like text
 	wrapped   = 40  // characters of a line, at least, that a run goes on behind
 	beside    = 64  // bytes of the text beside a decoded word
@@ -42,8 +43,19 @@ type piece struct {
 func (p *pass) run() error {
 	p.seen = make(map[uint64]bool)
 	if encodings := codings(p.opts.Encodings); len(encodings) > 0 {
+		// As it is, too: each coding has places for what is none of the text
+		// (names and comments of gzip, frames of zstd that are skipped).
+		p.coded = true
+		if err := p.whole(); err != nil {
+			return err
+		}
 		return p.encoded(encodings)
 	}
+	return p.whole()
+}
+
+// whole looks at the body as it is.
+func (p *pass) whole() error {
 	for from := 0; ; from += window {
 		base, end := max(0, from-behind), min(len(p.body), from+window+ahead)
 		t := p.body[base:end]
@@ -93,13 +105,16 @@ func (p *pass) encoded(encodings []string) error {
 		return &ErrUnscannable{"it is encoded more than three times"}
 	}
 	var r io.Reader = bytes.NewReader(p.body)
+	var streams []*bufio.Reader // of which nothing may be left
 	for i := len(encodings) - 1; i >= 0; i-- {
 		var err error
 		switch encodings[i] {
 		case "gzip", "x-gzip":
 			r, err = gzip.NewReader(r)
 		case "deflate":
-			r, err = inflater(r)
+			b := bufio.NewReader(r)
+			streams = append(streams, b)
+			r, err = inflater(b)
 		case "zstd":
 			var d *zstd.Decoder
 			if d, err = zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxZstd), zstd.WithDecoderLowmem(true)); err == nil {
@@ -121,6 +136,11 @@ func (p *pass) encoded(encodings []string) error {
 	if err != nil {
 		return err
 	}
+	for _, b := range streams {
+		if _, err := b.Peek(1); err != io.EOF {
+			return errEncoding
+		}
+	}
 	return p.late()
 }
 
@@ -128,8 +148,7 @@ var errEncoding = &ErrUnscannable{"it is not what its Content-Encoding says"}
 
 // inflater reads what HTTP calls deflate: zlib by the standard, and the bare
 // stream by habit.
-func inflater(r io.Reader) (io.Reader, error) {
-	b := bufio.NewReader(r)
+func inflater(b *bufio.Reader) (io.Reader, error) {
 	if head, err := b.Peek(2); err == nil && head[0]&15 == 8 && binary.BigEndian.Uint16(head)%31 == 0 {
 		return zlib.NewReader(b)
 	}
@@ -251,6 +270,9 @@ func (p *pass) level(t []byte, parts []span, all bool, depth, base int) error {
 func (p *pass) unpack(t []byte, pieces []piece, depth, base int) error {
 	for _, x := range pieces {
 		data := t[x.at:]
+		if p.coded && base >= 0 && base+x.at == 0 {
+			continue // encoded does it, and more strictly
+		}
 		if base >= 0 {
 			data = p.body[base+x.at:]
 		}
@@ -403,7 +425,39 @@ func (p *pass) decode(t []byte, s span, kinds byte, all bool, depth int) error {
 		}
 		i += n
 	}
-	return p.decoded(t, s, w, appendBase64, all, depth)
+	if err := p.decoded(t, s, w, appendBase64, all, depth); err != nil {
+		return err
+	}
+	return p.behind(t, s, all, depth)
+}
+
+// behind decodes base64 that begins inside of a word, behind a slash or a dash
+// as in a path. What begins a multiple of four characters behind another start
+// is in that one's text.
+func (p *pass) behind(t []byte, s span, all bool, depth int) error {
+	var head [12]byte
+	var tried [4]bool
+	tried[0] = true
+	if w := t[s.from:s.to]; len(w) < bigRun {
+		tried[0] = printable(appendBase64(head[:0], w[:minRun]))
+	}
+	for i := s.from; i+minRun < s.to && i < s.from+maxPrefix; i++ {
+		switch t[i] {
+		case '/', '-', '_', '+':
+		case '\r', '\n':
+			return nil // further on, places are not counted in characters
+		default:
+			continue
+		}
+		at := i + 1
+		if phase := (at - s.from) % 4; !tried[phase] && printable(appendBase64(head[:0], t[at:at+minRun])) {
+			tried[phase] = true
+			if err := p.decoded(t, span{at, s.to}, t[at:s.to], appendBase64, all, depth); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (p *pass) decoded(t []byte, s span, w []byte, enc func(dst, src []byte) []byte, all bool, depth int) error {

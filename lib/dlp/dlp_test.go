@@ -164,8 +164,17 @@ var encodings = map[string]func(string) string{
 	"gzip, base64, JSON": func(s string) string {
 		return asJSON("x " + base64.StdEncoding.EncodeToString(gzipped([]byte(asJSON(s)))) + " y")
 	},
-	"zip":                 zipped,
-	"zip in base64":       func(s string) string { return base64.StdEncoding.EncodeToString([]byte(zipped(s))) },
+	"zip":                    zipped,
+	"zip in base64":          func(s string) string { return base64.StdEncoding.EncodeToString([]byte(zipped(s))) },
+	"base64 in a path, /":    func(s string) string { return "GET /" + base64.RawURLEncoding.EncodeToString([]byte(s)) + " HTTP" },
+	"base64 in a path, /a/":  func(s string) string { return "GET /a/" + base64.RawURLEncoding.EncodeToString([]byte(s)) + " HTTP" },
+	"base64 in a path, /ab/": func(s string) string { return "GET /ab/" + base64.RawURLEncoding.EncodeToString([]byte(s)) + " HTTP" },
+	"base64 in a path, /v1/up-load/": func(s string) string {
+		return "GET /v1/up-load/" + base64.RawURLEncoding.EncodeToString([]byte(s)) + " HTTP"
+	},
+	"base64 in a path, /files/x_": func(s string) string {
+		return "GET /files/x_" + base64.RawURLEncoding.EncodeToString([]byte(s)) + " HTTP"
+	},
 	"percent then base64": func(s string) string { return each(base64.StdEncoding.EncodeToString([]byte(s)), "%%%02x") },
 }
 
@@ -290,6 +299,14 @@ func TestContentEncoding(t *testing.T) {
 		e, _ := zstd.NewWriter(nil)
 		return e.EncodeAll(b, nil)
 	}
+	commented := func(s string) []byte {
+		var b bytes.Buffer
+		w := gzip.NewWriter(&b)
+		w.Comment = s
+		io.WriteString(w, "nothing")
+		w.Close()
+		return b.Bytes()
+	}
 	text := []byte(asJSON("a text with " + pat + " in it"))
 	for _, c := range []struct {
 		names []string
@@ -304,6 +321,11 @@ func TestContentEncoding(t *testing.T) {
 		{[]string{"gzip, zstd"}, zstded(gzipped(text))},
 		{[]string{"gzip", "gzip"}, gzipped(gzipped(text))},
 		{[]string{"gzip"}, append(gzipped([]byte("nothing")), gzipped(text)...)},
+		// Beside the text, where a coding has room for more.
+		{[]string{"gzip"}, commented(pat)},
+		{[]string{"gzip"}, commented(base64.StdEncoding.EncodeToString([]byte("it is " + pat)))},
+		{[]string{"zstd"}, append([]byte{0x50, 0x2a, 0x4d, 0x18, byte(len(pat)), 0, 0, 0}, pat+string(zstded([]byte("nothing")))...)},
+		{[]string{"deflate"}, append(zlibbed([]byte("nothing")), pat...)},
 	} {
 		if got := scan(t, c.body, Options{Encodings: c.names}); got != "github-pat" {
 			t.Errorf("%v: %q", c.names, got)
@@ -316,7 +338,8 @@ func TestContentEncoding(t *testing.T) {
 	}{
 		{[]string{"br"}, harmless}, {[]string{"gzip, aes128gcm"}, gzipped(harmless)}, {[]string{"gzip"}, harmless},
 		{[]string{"gzip"}, gzipped(harmless)[:20]}, {[]string{"zstd"}, harmless}, {[]string{"deflate"}, []byte{0xff, 0xff}},
-		{[]string{"gzip"}, append(gzipped(harmless), "tail"...)}, {[]string{"gzip,gzip,gzip,gzip"}, harmless},
+		{[]string{"gzip"}, append(gzipped(harmless), "tail"...)},
+		{[]string{"deflate"}, append(zlibbed(harmless), "tail"...)}, {[]string{"deflate"}, append(deflated(harmless), "tail"...)}, {[]string{"gzip,gzip,gzip,gzip"}, harmless},
 	} {
 		_, err := New(nil, nil).Scan(t.Context(), c.body, Options{Encodings: c.names})
 		if _, ok := errors.AsType[*ErrUnscannable](err); !ok {

@@ -143,6 +143,7 @@ type pass struct {
 	keywords []bool
 	waiting  []waiting // findings of rules whose keyword has not been seen yet
 	quoted   bool
+	coded    bool            // the body has content codings
 	packed   int             // compressed pieces that were opened
 	seen     map[uint64]bool // runs that were decoded
 	work     int
