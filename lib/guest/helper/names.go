@@ -219,20 +219,19 @@ func listenTCP(address string) (net.Listener, error) {
 	return c.Listen(context.Background(), network, address)
 }
 
-// serve accepts until l is closed.
+// serve accepts until l is closed. A place is taken behind that: there may be as
+// many listeners as places.
 func (n *names) serve(l net.Listener) {
 	for {
-		n.slots <- struct{}{}
 		c, err := l.Accept()
 		if errors.Is(err, net.ErrClosed) {
-			<-n.slots
 			return
 		}
 		if err != nil {
-			<-n.slots
 			time.Sleep(100 * time.Millisecond) // out of descriptors, most likely
 			continue
 		}
+		n.slots <- struct{}{}
 		go func() {
 			defer func() { <-n.slots }()
 			n.handle(c.(*net.TCPConn))

@@ -440,3 +440,23 @@ func FuzzReadAnswer(f *testing.F) {
 		}
 	})
 }
+
+// There may be as many listeners as places for connections: one that waits takes
+// none.
+func TestListenersTakeNoPlace(t *testing.T) {
+	g := &fakeGate{services: tcpService}
+	n, _ := testNames(t, g)
+	n.slots = make(chan struct{}, 1)
+	for _, name := range []string{"first.test", "second.test", "third.test"} {
+		ip, err := n.resolve(name, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := g.dial(t, ip)
+		io.WriteString(c, "ping")
+		c.CloseWrite()
+		if got, err := io.ReadAll(c); err != nil || !strings.HasSuffix(string(got), "ping") {
+			t.Errorf("%s: %q %v", name, got, err)
+		}
+	}
+}
