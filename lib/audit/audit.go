@@ -106,8 +106,8 @@ const (
 	maxText   = 512
 )
 
-// bound cuts what a guest can make long. JSON itself escapes control characters
-// and replaces bytes that are no UTF-8.
+// bound cuts what a guest can make long. JSON itself replaces bytes that are no
+// UTF-8, and control characters are escaped as lines are made (unmoving).
 func bound(e *Event) {
 	e.Host = cut(e.Host, maxHost)
 	e.SNI = cut(e.SNI, maxHost)

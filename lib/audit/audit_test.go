@@ -85,19 +85,19 @@ func TestHostileMembers(t *testing.T) {
 	}
 	defer l.Close()
 	long := strings.Repeat("ü", 100_000)
-	if err := l.Write(Event{Event: KindRequest, Host: "x\n{\"verdict\":\"allow\"}", Path: long, Method: "\x00\x1b[2J", SNI: "\xff\xfe", Reason: long}); err != nil {
+	if err := l.Write(Event{Event: KindRequest, Host: "x\n{\"verdict\":\"allow\"}\u009b2J\u202e", Path: long, Method: "\x00\x1b[2J\x7f", SNI: "\xff\xfe", Reason: long}); err != nil {
 		t.Fatal(err)
 	}
 	b, _ := os.ReadFile(path)
 	if bytes.Count(b, []byte("\n")) != 1 || len(b) > 8<<10 || !utf8.Valid(b) {
 		t.Fatalf("%d bytes, %d lines", len(b), bytes.Count(b, []byte("\n")))
 	}
-	for _, c := range b[:len(b)-1] {
-		if c < 0x20 {
+	for _, c := range string(b[:len(b)-1]) {
+		if fault.Control(c) {
 			t.Fatalf("control character %#x", c)
 		}
 	}
-	if e := lines(t, path)[0]; e.Host != "x\n{\"verdict\":\"allow\"}" || !strings.HasSuffix(e.Path, "ü…") {
+	if e := lines(t, path)[0]; e.Host != "x\n{\"verdict\":\"allow\"}\u009b2J\u202e" || e.Method != "\x00\x1b[2J\x7f" || !strings.HasSuffix(e.Path, "ü…") {
 		t.Errorf("%q %q", e.Host, e.Path[len(e.Path)-8:])
 	}
 }

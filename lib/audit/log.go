@@ -202,7 +202,25 @@ func (l *Log) encode(e *Event) ([]byte, error) {
 	enc := json.NewEncoder(&l.buf)
 	enc.SetEscapeHTML(false)
 	err := enc.Encode(e)
-	return l.buf.Bytes(), err
+	return unmoving(l.buf.Bytes()), err
+}
+
+// unmoving escapes what JSON may hold as it is and a terminal acts on: a guest
+// chooses names, and people look at lines.
+func unmoving(line []byte) []byte {
+	acts := func(r rune) bool { return r > ' ' && fault.Control(r) }
+	if !bytes.ContainsFunc(line, acts) {
+		return line
+	}
+	var out bytes.Buffer
+	for _, r := range string(line) {
+		if acts(r) {
+			fmt.Fprintf(&out, `\u%04x`, r)
+		} else {
+			out.WriteRune(r)
+		}
+	}
+	return out.Bytes()
 }
 
 // put writes the line of h.
