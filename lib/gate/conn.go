@@ -140,6 +140,9 @@ func (c *httpConn) SetReadDeadline(t time.Time) error {
 	c.aborted = !t.IsZero() && t.Before(now)
 	if !c.begun && !c.aborted {
 		t = now.Add(c.gate.limits.keepAlive)
+		if c.back && c.tunnel == nil { // the sidecar opens none ahead of need
+			t = now.Add(c.gate.limits.head)
+		}
 	}
 	return c.Conn.SetReadDeadline(t)
 }
@@ -158,11 +161,14 @@ func (c *httpConn) refuse() error {
 	if !c.between.CompareAndSwap(true, false) {
 		return bad
 	}
-	host, port := bad.Host, 0
-	if c.tunnel != nil {
-		host, port = c.tunnel.host, c.tunnel.port
+	switch {
+	case c.tunnel != nil:
+		c.gate.deny(bad, c.gate.newEvent(audit.KindRequest, c.tunnel.host, c.tunnel.port))
+	case c.back:
+		c.gate.denyStranger(bad)
+	default:
+		c.gate.deny(bad, c.gate.newEvent(audit.KindRequest, bad.Host, 0))
 	}
-	c.gate.deny(bad, c.gate.newEvent(audit.KindRequest, host, port))
 	_, _ = c.Write(bad.raw())
 	lingerClose(c.Conn)
 	return io.EOF
@@ -257,6 +263,6 @@ func (l *entry) Accept() (net.Conn, error) {
 			h.back = l.back
 			return h, nil
 		}
-		l.gate.tooMany(c)
+		l.gate.tooMany(c, l.back)
 	}
 }

@@ -65,6 +65,13 @@ func (g *Gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		g.connect(w, r)
 		return
 	}
+	if c.tunnel == nil && c.back {
+		// Whoever asks for no tunnel has not said who it is.
+		f := refused("not_inspected", "", 0, g.cfg.Sidecar.Name+" is for inspected hosts, by CONNECT", "")
+		g.denyStranger(f)
+		f.write(w, true)
+		return
+	}
 	if c.tunnel == nil && isLookup(r) {
 		g.lookupName(w, r)
 		return
@@ -81,8 +88,7 @@ func (g *Gate) connect(w http.ResponseWriter, r *http.Request) {
 	if back {
 		e.Sender = g.cfg.Sidecar.Name
 		if f := g.cfg.Sidecar.known(r); f != nil {
-			f.Host, f.Port = host, port
-			g.deny(f, e)
+			g.denyStranger(f)
 			f.write(w, true)
 			return
 		}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -24,8 +25,8 @@ import (
 // until it has been looked through, so that nothing of it leaves before.
 const (
 	maxScanned  = 32 << 20  // bytes of a body
-	maxHeld     = 256 << 20 // bytes of all bodies at one time
-	keptInHeap  = 256 << 10 // bytes of a body in the Go heap; more is kept in a file
+	maxHeld     = 128 << 20 // bytes of all bodies at one time
+	keptInHeap  = 64 << 10  // bytes of a body in the Go heap; more is kept in a file
 	scanTimeout = 30 * time.Second
 )
 
@@ -205,20 +206,22 @@ type heldBody struct {
 	mapped []byte
 	size   int64 // counted in screen.held
 	at     int64
+	once   sync.Once // transport and gate both close it
 }
 
-// fill reads all of a body and gives it for a look.
+// fill reads all of a body and gives it for a look. While it waits for the guest
+// it holds what has come, and little else.
 func (b *heldBody) fill(body io.Reader) ([]byte, error) {
-	buf := buffers.Get().(*[64 << 10]byte)
-	defer buffers.Put(buf)
 	for {
-		n, err := body.Read(buf[:])
-		if n > 0 {
-			if kerr := b.keep(buf[:n]); kerr != nil {
-				return nil, kerr
-			}
-		}
+		n, err := b.more(body)
+		b.size += int64(n)
 		switch {
+		case b.size > b.screen.most:
+			b.size -= int64(n)
+			return nil, errTooLarge
+		case b.screen.held.Add(int64(n)) > maxHeld:
+			return nil, &Refusal{Status: http.StatusServiceUnavailable, Code: "dlp_busy", Retry: 1,
+				Reason: "too many requests wait to be looked through for secrets", Hint: "try again"}
 		case err == io.EOF:
 			return b.look()
 		case err != nil:
@@ -227,39 +230,35 @@ func (b *heldBody) fill(body io.Reader) ([]byte, error) {
 	}
 }
 
-func (b *heldBody) keep(p []byte) error {
-	n := int64(len(p))
-	if b.size+n > b.screen.most {
-		return errTooLarge
-	}
-	b.size += n
-	if b.screen.held.Add(n) > maxHeld {
-		return &Refusal{Status: http.StatusServiceUnavailable, Code: "dlp_busy", Retry: 1,
-			Reason: "too many requests wait to be looked through for secrets", Hint: "try again"}
-	}
-	if b.file == nil && b.size <= keptInHeap {
-		b.heap = append(b.heap, p...)
-		return nil
+// more reads a piece of a body and keeps it.
+func (b *heldBody) more(body io.Reader) (n int, err error) {
+	if b.file == nil && len(b.heap) < keptInHeap {
+		b.heap = slices.Grow(b.heap, 1<<10)
+		n, err = body.Read(b.heap[len(b.heap):min(cap(b.heap), keptInHeap)])
+		b.heap = b.heap[:len(b.heap)+n]
+		return n, err
 	}
 	if b.file == nil {
-		f, err := nameless()
-		if err != nil {
-			return errors.Join(errKept, err)
+		if b.file, err = nameless(); err == nil {
+			_, err = b.file.Write(b.heap)
 		}
-		b.file = f
-		p = append(b.heap, p...)
-		b.heap = nil
+		if err != nil {
+			return 0, errors.Join(errKept, err)
+		}
+		b.heap = b.heap[: 0 : 16<<10] // to read into
 	}
-	if _, err := b.file.Write(p); err != nil {
-		return errors.Join(errKept, err)
+	n, err = body.Read(b.heap[:cap(b.heap)])
+	if _, kerr := b.file.Write(b.heap[:n]); kerr != nil {
+		return n, errors.Join(errKept, kerr)
 	}
-	return nil
+	return n, err
 }
 
 func (b *heldBody) look() ([]byte, error) {
 	if b.file == nil {
 		return b.heap, nil
 	}
+	b.heap = nil
 	var err error
 	b.mapped, err = unix.Mmap(int(b.file.Fd()), 0, int(b.size), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
@@ -288,12 +287,13 @@ func (b *heldBody) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-func (b *heldBody) Close() error {
-	b.unmap()
-	b.screen.held.Add(-b.size)
-	b.size = 0
-	if b.file != nil {
-		return b.file.Close()
-	}
-	return nil
+func (b *heldBody) Close() (err error) {
+	b.once.Do(func() {
+		b.unmap()
+		b.screen.held.Add(-b.size)
+		if b.file != nil {
+			err = b.file.Close()
+		}
+	})
+	return err
 }

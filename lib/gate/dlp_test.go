@@ -293,3 +293,27 @@ func TestScreenNames(t *testing.T) {
 		}
 	}
 }
+
+// A body that was looked through and does not leave, for want of a log, is held no
+// longer than its request.
+func TestNoLogHoldsNoBody(t *testing.T) {
+	o := startOrigin(t, false, echo)
+	for _, size := range []int{1000, keptInHeap + 1000} {
+		disk := &full{}
+		disk.room.Store(1) // for the gate's start
+		g := start(t, []plan.Rule{pin(allowHost("ok.test", "http", o.port), "127.0.0.1")}, nil, func(c *Config) {
+			c.Audit = audit.New(disk, audit.Options{Bottle: "t-01234567"})
+		})
+		_, _, f := send(t, g, "POST", "http://"+hostPort("ok.test", o.port)+"/", strings.NewReader(strings.Repeat("x", size)), nil)
+		if f == nil || f.Error.Code != "audit_failed" {
+			t.Fatalf("%+v", f)
+		}
+		g.done <- <-g.done
+		if n := g.gate.screen.held.Load(); n != 0 {
+			t.Errorf("%d bytes are held for nothing", n)
+		}
+	}
+	if len(o.log()) != 0 {
+		t.Errorf("%v", o.log())
+	}
+}

@@ -136,9 +136,7 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 	if back {
 		e.Sender = g.cfg.Sidecar.Name
 	}
-	if back && t == nil {
-		f = refused("not_inspected", "", 0, e.Sender+" is for inspected hosts, by CONNECT", "")
-	} else if t == nil {
+	if t == nil {
 		t, f = g.target(r)
 	} else {
 		f = matchTunnel(r, t)
@@ -196,6 +194,9 @@ func (g *Gate) request(w http.ResponseWriter, r *http.Request, t *tunnel) {
 		g.deny(f, e)
 		f.write(w, r.ContentLength != 0)
 		return
+	}
+	if b, ok := r.Body.(*heldBody); ok {
+		defer b.Close() // whatever becomes of the request
 	}
 	r = x.prepare(r, t)
 	if !g.allow(e) {
@@ -321,10 +322,11 @@ func (x *exchange) prepare(r *http.Request, t *tunnel) *http.Request {
 	}
 	if x.injector != nil {
 		x.event.Secret = strings.Join(x.injector.apply(r.Header), ",")
-		// Both would hide a reflected secret from the masker.
+		// Each of these would hide a reflected secret from the masker.
 		r.Header.Set("Accept-Encoding", "identity")
-		r.Header.Del("Range")
-		r.Header.Del("If-Range")
+		for _, name := range partial {
+			r.Header.Del(name)
+		}
 	}
 	if r.Body != nil && r.Body != http.NoBody {
 		x.sent = &counted{ReadCloser: r.Body}
@@ -332,6 +334,10 @@ func (x *exchange) prepare(r *http.Request, t *tunnel) *http.Request {
 	}
 	return r
 }
+
+// partial ask for a part of an answer, or for one in another form: ranges, also
+// as Apache takes them of old browsers, and instance manipulations (RFC 3229).
+var partial = []string{"Range", "If-Range", "Request-Range", "A-Im"}
 
 // hopByHop are about one connection, RFC 9110 section 7.6.1; Alt-Svc offers ways
 // that no guest has.
@@ -463,6 +469,10 @@ func (x *exchange) refuse(r *http.Request, err error) *http.Response {
 	case x.injector != nil && f.Code == "upstream_failed" && !errors.As(err, new(*net.OpError)):
 		// A parser quotes what it could not read.
 		f.Reason = "the host's answer is no valid HTTP, or ends early; it is not quoted, since it could hold the secret"
+	}
+	if x.injector != nil {
+		// Errors quote what a host chose, as the names in its certificate.
+		f.Reason = x.injector.mask.masked(f.Reason)
 	}
 	x.event.Status, x.event.Code, x.event.Reason = f.Status, f.Code, f.Reason
 	if f.Status < 500 {

@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 // Limits of a request's head and of the lines inside a chunked body.
@@ -345,7 +346,12 @@ func isPort(s string) bool {
 }
 
 // canonical is how a name is compared: lower case, without the trailing dot.
+// Only ASCII is folded: the Kelvin sign is no k to whoever reads the bytes of a
+// server name.
 func canonical(host string) string {
+	if strings.ContainsFunc(host, func(r rune) bool { return r >= utf8.RuneSelf }) {
+		return host
+	}
 	return strings.ToLower(strings.TrimSuffix(host, "."))
 }
 

@@ -129,6 +129,8 @@ type Gate struct {
 	ids     atomic.Uint64
 	stats   counters
 	lookups lookups
+	// strangers are those who connect in the sidecar's place, by code.
+	strangers lookups
 
 	started  chan struct{}
 	changing sync.Mutex  // held while the rules change
@@ -397,10 +399,14 @@ func (g *Gate) forget(c *guestConn) {
 }
 
 // tooMany answers without reading, and without waiting for the client.
-func (g *Gate) tooMany(c net.Conn) {
+func (g *Gate) tooMany(c net.Conn, back bool) {
 	f := &Refusal{Status: http.StatusServiceUnavailable, Code: "too_many_connections", Retry: 1,
 		Reason: "the bottle has too many connections open", Hint: "close some; try again"}
-	g.deny(f, g.newEvent(audit.KindConnect, "", 0))
+	if back {
+		g.denyStranger(f)
+	} else {
+		g.deny(f, g.newEvent(audit.KindConnect, "", 0))
+	}
 	_ = c.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	if _, err := c.Write(f.raw()); err != nil {
 		c.Close()

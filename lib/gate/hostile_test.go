@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/tls"
+	"encoding/base64"
 	"fmt"
 	"io"
 	"log"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
@@ -254,5 +256,83 @@ func TestBodyIsNeverARequest(t *testing.T) {
 		if e.Event == "request" && e.Path != "/early" && e.Path != "/whole" {
 			t.Errorf("%+v was taken for a request", e)
 		}
+	}
+}
+
+// TestPartsOfAnswers: a secret that is reflected is not asked for in parts, nor in
+// a form in which it would not be found.
+func TestPartsOfAnswers(t *testing.T) {
+	o := startOrigin(t, true, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for name := range r.Header {
+			fmt.Fprintln(w, name)
+		}
+	}), "api.test")
+	g := start(t, []plan.Rule{pin(allowHost("api.test", "tls", o.port), "127.0.0.1")}, keySecret("api.test", "x-api-key"), nil)
+	_, body, f := send(t, g, "GET", "https://"+hostPort("api.test", o.port)+"/", nil, func(r *http.Request) {
+		for _, name := range []string{"Range", "Request-Range", "If-Range", "A-IM", "X-Passed"} {
+			r.Header.Set(name, "bytes=0-3")
+		}
+	})
+	if strings.Contains(body, "Range") || strings.Contains(body, "A-Im") || !strings.Contains(body, "X-Passed") {
+		t.Errorf("%s %+v", body, f)
+	}
+}
+
+// TestReflectedPassword: a host that takes a credential for Basic apart, and
+// repeats what is in it, does not give it away.
+func TestReflectedPassword(t *testing.T) {
+	const user, password = "someone", "a password of theirs"
+	o := startOrigin(t, true, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		u, p, _ := r.BasicAuth()
+		if u != user || p != password {
+			w.WriteHeader(http.StatusUnauthorized)
+		}
+		fmt.Fprintf(w, "user %s, password %s, both %s:%s", u, p, u, p)
+	}), "api.test")
+	secrets := keySecret("api.test", "authorization")
+	secrets[0].Inject[0].Format = "Basic {}"
+	g := start(t, []plan.Rule{pin(allowHost("api.test", "tls", o.port), "127.0.0.1")}, secrets, func(c *Config) {
+		c.Secrets = map[string]string{"KEY": base64.StdEncoding.EncodeToString([]byte(user + ":" + password))}
+	})
+	status, body, f := send(t, g, "GET", "https://"+hostPort("api.test", o.port)+"/", nil, nil)
+	if status != 200 || strings.Contains(body, password) || !strings.Contains(body, "user someone, password ***") {
+		t.Errorf("%d %s %+v", status, body, f)
+	}
+	for value, want := range map[string]int{
+		"c29tZW9uZTphIHBhc3N3b3Jk": 2, "c29tZW9uZTphIHBhc3N3b3JkIQ==": 2, "c29tZSBsb25nIHdvcmRz": 1, "c2hvcnQ=": 0, "sk-ant-api03-something": 0,
+		base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{0xfe}, 20)): 0,
+	} {
+		if got := decodings(value); len(got) != want {
+			t.Errorf("%s: %q", value, got)
+		}
+	}
+}
+
+// TestCertificateThatNamesTheSecret: what a host chose to have in its certificate
+// is quoted when it is refused, but for the secret that it was given before.
+func TestCertificateThatNamesTheSecret(t *testing.T) {
+	const key = "sk-abcdef0123456789"
+	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{world().leaf("other.test", key+".test")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for c, err := l.Accept(); err == nil; c, err = l.Accept() {
+			_ = c.(*tls.Conn).Handshake()
+			c.Close()
+		}
+	}()
+	port := l.Addr().(*net.TCPAddr).Port
+	g := start(t, []plan.Rule{pin(allowHost("api.test", "tls", port), "127.0.0.1")}, keySecret("api.test", "x-api-key"), func(c *Config) {
+		c.Secrets = map[string]string{"KEY": key}
+	})
+	_, _, f := send(t, g, "GET", "https://"+hostPort("api.test", port)+"/", nil, nil)
+	if f == nil || f.Error.Code != "upstream_untrusted" || strings.Contains(f.Error.Reason, key) || !strings.Contains(f.Error.Reason, "other.test") {
+		t.Errorf("%+v", f)
+	}
+	e := g.await("untrusted", func(e audit.Event) bool { return e.Code == "upstream_untrusted" })
+	if strings.Contains(fmt.Sprintf("%+v", e), key) {
+		t.Errorf("%+v", e)
 	}
 }

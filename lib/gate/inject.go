@@ -1,9 +1,11 @@
 package gate
 
 import (
+	"encoding/base64"
 	"net/http"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -18,6 +20,10 @@ var credentials = []string{"authorization", "x-api-key", "api-key", "x-goog-api-
 // minSecret is the shortest value that can be looked for in answers without
 // finding it everywhere.
 const minSecret = 4
+
+// minDecoded is the same of what a value encodes, which may not be meant as a
+// text at all.
+const minDecoded = 8
 
 // injector puts secrets into requests to one host.
 type injector struct {
@@ -85,6 +91,7 @@ func (in *injector) prepare() {
 	var values []string
 	for _, s := range in.secrets {
 		values = append(values, s.value)
+		values = append(values, decodings(s.value)...)
 		for _, h := range s.headers {
 			name := spelling(h.Header)
 			in.remove[name] = true
@@ -96,6 +103,21 @@ func (in *injector) prepare() {
 		}
 	}
 	in.mask = newFinder(values)
+}
+
+// decodings are what a host may make of a value before it repeats it: of a
+// credential for Basic, which is base64, user and password, and the password.
+func decodings(value string) []string {
+	b, err := base64.RawStdEncoding.DecodeString(strings.TrimRight(value, "="))
+	text := string(b)
+	if err != nil || len(text) < minDecoded || !utf8.ValidString(text) || !headerValue(text) {
+		return nil
+	}
+	out := []string{text}
+	if _, password, ok := strings.Cut(text, ":"); ok && len(password) >= minDecoded {
+		out = append(out, password)
+	}
+	return out
 }
 
 // check tells why the host cannot be served, if a value is missing.

@@ -378,3 +378,50 @@ func TestGigabyte(t *testing.T) {
 	}
 	g.settled()
 }
+
+// Bodies that wait to be looked through, whatever their size, cost hardly more
+// than what they are allowed to hold.
+func TestThousandBodiesInMemory(t *testing.T) {
+	const n, most = 1000, 300 << 20
+	g := start(t, []plan.Rule{pin(allowHost("web.test", "http", 80), "127.0.0.1")}, nil, nil)
+	for _, size := range []int{keptInHeap - 1, 120 << 10, 250 << 10} {
+		fill := bytes.Repeat([]byte("x"), size)
+		held := func() int64 { return g.gate.screen.held.Load() }
+		var last int64
+		used := growth(func() {
+			var wg sync.WaitGroup
+			conns := make([]net.Conn, n)
+			for i := range conns {
+				conns[i], _ = net.Dial("unix", g.sock)
+				wg.Go(func() {
+					conns[i].SetDeadline(time.Now().Add(20 * time.Second))
+					fmt.Fprintf(conns[i], "POST http://web.test/ HTTP/1.1\r\nHost: web.test\r\nContent-Length: %d\r\n\r\n", size+1)
+					_, _ = conns[i].Write(fill)
+				})
+			}
+			wg.Wait()
+			for same := 0; same < 10; same++ { // until all is read
+				if now := held(); now != last {
+					last, same = now, 0
+				}
+				time.Sleep(20 * time.Millisecond)
+			}
+			for _, c := range conns {
+				c.Close()
+			}
+		})
+		for range 500 {
+			if held() == 0 {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		t.Logf("bodies of %d KiB: %d MiB more, with %d MiB of bodies", size>>10, used>>20, last>>20)
+		if last > maxHeld || last < min(n*int64(size), maxHeld)*9/10 || used > most {
+			t.Errorf("bodies of %d KiB: %d MiB more, with %d MiB of bodies", size>>10, used>>20, last>>20)
+		}
+		if left := held(); left != 0 {
+			t.Errorf("%d bytes are held for nothing", left)
+		}
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -21,6 +22,7 @@ const (
 	lookupWindow = time.Minute
 	lookupAgain  = 10 * time.Minute // until the same name is written again
 	lookupNames  = 1024             // that are remembered for it
+	longestName  = 255              // a name in DNS is no longer
 )
 
 // lookups keeps the lines about refused names few.
@@ -67,6 +69,9 @@ func (g *Gate) lookupName(w http.ResponseWriter, r *http.Request) {
 	name := canonical(r.URL.Query().Get("name"))
 	open, d := g.rules().Services(name)
 	if !d.Allow {
+		if len(name) > longestName { // it is remembered
+			name = strings.Clone(name[:longestName])
+		}
 		f := denied(d, name, 0)
 		g.denyLookup(f)
 		f.write(w, r.ContentLength != 0)

@@ -150,3 +150,25 @@ func TestLookupLinesWindow(t *testing.T) {
 		t.Errorf("%d names are remembered", len(l.seen))
 	}
 }
+
+// What is no name at all is not remembered whole.
+func TestLookupOfMonsters(t *testing.T) {
+	g := start(t, []plan.Rule{allowHost("api.test", "tls", 443)}, nil, nil)
+	c := g.dial()
+	for i := range 20 {
+		status, _, code := raw(t, c, fmt.Sprintf("GET %s?name=%d%s HTTP/1.1\r\nHost: x\r\n\r\n", guest.LookupPath, i, strings.Repeat("a", 60_000)))
+		if status != 403 || code != "bad_host" {
+			t.Fatalf("%d %s", status, code)
+		}
+	}
+	g.gate.lookups.mu.Lock()
+	defer g.gate.lookups.mu.Unlock()
+	if len(g.gate.lookups.seen) != 20 {
+		t.Errorf("%d names are remembered", len(g.gate.lookups.seen))
+	}
+	for name := range g.gate.lookups.seen {
+		if len(name) > longestName {
+			t.Fatalf("a name of %d bytes is remembered", len(name))
+		}
+	}
+}

@@ -160,6 +160,16 @@ func (s *scan) mask(b []byte) (found bool) {
 	return found
 }
 
+// masked is text without values; f may be nil.
+func (f *finder) masked(text string) string {
+	if f == nil {
+		return text
+	}
+	b := []byte(text)
+	(&scan{finder: f}).mask(b)
+	return string(b)
+}
+
 // held is how many of b's last bytes may be the beginning of a value, so that
 // they have to wait for what follows.
 func (s *scan) held(b []byte) int {

@@ -10,7 +10,9 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"time"
 
+	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/fault"
 )
 
@@ -38,6 +40,20 @@ func (s *Sidecar) known(r *http.Request) *Refusal {
 	f := refused("not_the_sidecar", "", 0, "this port of the gate is for "+s.Name+" alone", "")
 	f.Status = http.StatusProxyAuthRequired
 	return f
+}
+
+// denyStranger notes that somebody who has not said to be the sidecar was refused
+// on its way back. Other users of the host get there, and must not push the
+// bottle's decisions out of the log: of each kind there is a line in ten minutes,
+// which holds nothing that they chose.
+func (g *Gate) denyStranger(f *Refusal) {
+	if ok, _ := g.strangers.admit(f.Code, time.Now()); !ok {
+		g.stats.denied.Add(1)
+		return
+	}
+	e := g.newEvent(audit.KindConnect, "", 0)
+	e.Sender = g.cfg.Sidecar.Name
+	g.deny(f, e)
 }
 
 // sidecarTransport sends requests to the sidecar. It trusts only its authority,

@@ -19,6 +19,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/ca"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/guest"
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
@@ -339,5 +340,45 @@ func TestBadSidecar(t *testing.T) {
 		if want := name != "nothing is wrong"; (err != nil) != want || want && fault.As(err).Code != "bad_sidecar" {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// Other users of the host reach the way back, too: they learn nothing of the
+// policy there, and cannot push the bottle's decisions out of its log.
+func TestStrangersAtTheBackDoor(t *testing.T) {
+	b := startBetween(t, "api.test")
+	g := start(t, []plan.Rule{inspect(allowHost("api.test", "tls", 443))}, nil, b.config)
+	for i := range 30 {
+		for _, head := range []string{
+			fmt.Sprintf("CONNECT host-%d.test:443 HTTP/1.1\r\nHost: x", i),
+			fmt.Sprintf("GET http://host-%d.test/ HTTP/1.1\r\nHost: host-%d.test", i, i),
+			"GET " + guest.LookupPath + "?name=api.test HTTP/1.1\r\nHost: x",
+			fmt.Sprintf("GET  host-%d HTTP/1.1", i),
+		} {
+			c, err := net.Dial("tcp", b.back.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.SetDeadline(time.Now().Add(10 * time.Second))
+			io.WriteString(c, head+"\r\n\r\n")
+			closeWrite(c)
+			got, _ := io.ReadAll(c)
+			c.Close()
+			if !bytes.HasPrefix(got, []byte("HTTP/1.1 4")) || bytes.Contains(got, []byte("443")) {
+				t.Fatalf("%s: %s", head, got)
+			}
+		}
+	}
+	lines := 0
+	for _, e := range g.events() {
+		if e.Event != audit.KindStart {
+			lines++
+		}
+		if strings.Contains(fmt.Sprintf("%+v", e), "host-") {
+			t.Errorf("%+v", e)
+		}
+	}
+	if lines != 3 {
+		t.Errorf("%d lines", lines)
 	}
 }

@@ -655,3 +655,21 @@ func TestNewNeedsCA(t *testing.T) {
 		t.Errorf("a gate that verifies nothing needs no roots: %v", err)
 	}
 }
+
+// Only ASCII is the same in either case.
+func TestServerNameInOtherLetters(t *testing.T) {
+	o := startOrigin(t, true, echo, "k.test")
+	g := start(t, []plan.Rule{pin(allowHost("k.test", "tls", o.port), "127.0.0.1")}, nil, nil)
+	for name, refused := range map[string]bool{"K.test": false, "\u212a.test": true} {
+		status, _, c := g.connect(hostPort("k.test", o.port))
+		if status != 200 {
+			t.Fatal(status)
+		}
+		stand := strings.Repeat("x", len(name)-len(".test")) + ".test"
+		_, _ = c.Write(bytes.Replace(clientHello(t, &tls.Config{ServerName: stand}), []byte(stand), []byte(name), 1))
+		got := make([]byte, 7)
+		if _, err := io.ReadFull(c, got); err != nil || bytes.Equal(got, alert(alertAccessDenied)) != refused {
+			t.Errorf("%q: %x %v", name, got, err)
+		}
+	}
+}
