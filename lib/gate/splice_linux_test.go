@@ -41,12 +41,15 @@ func TestBulk(t *testing.T) {
 	const size = 24<<20 + 17
 	sent := make(chan string, 1)
 	port := serveTCP(t, func(c *net.TCPConn) {
+		done := make(chan struct{})
 		go func() {
+			defer close(done)
 			io.Copy(c, noise(2, size))
 			c.CloseWrite()
 		}()
 		d, n := digest(t, c)
 		sent <- fmt.Sprint(d, n)
+		<-done // or what is under way would be cut off
 	})
 	out, _ := digest(t, noise(1, size))
 	in, _ := digest(t, noise(2, size))
