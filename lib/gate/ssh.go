@@ -3,7 +3,9 @@ package gate
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"io"
+	"net"
 )
 
 // Limits of an SSH connection's beginning, RFC 4253 sections 4.2 and 6.1.
@@ -119,7 +121,9 @@ func isVersionLine(line []byte) bool {
 func (s *sshStart) firstPacket() error {
 	// Its length, that of its padding, and the kind of message.
 	if err := s.fill(6); err != nil {
-		if len(s.got) > 0 {
+		// What the other direction has cut off while it came is no fault of this
+		// side.
+		if len(s.got) > 0 && !errors.Is(err, net.ErrClosed) {
 			return s.notSSH("no SSH packet after its version line")
 		}
 		return err

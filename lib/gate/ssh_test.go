@@ -2,11 +2,13 @@ package gate
 
 import (
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"slices"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/audit"
@@ -109,9 +111,11 @@ func TestSSHHostFirst(t *testing.T) {
 	lines := make(chan string, 1)
 	silent := serveTCP(t, func(s *net.TCPConn) {
 		b := make([]byte, 1024)
-		s.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
-		n, _ := io.ReadFull(s, b)
-		lines <- string(b[:n])
+		s.SetReadDeadline(time.Now().Add(patience))
+		n, _ := io.ReadFull(s, b[:len("SSH-2.0-x\r\n")])
+		s.SetReadDeadline(time.Now().Add(300 * time.Millisecond)) // and nothing more
+		m, _ := io.ReadFull(s, b[n:])
+		lines <- string(b[:n+m])
 	})
 	g := start(t, []plan.Rule{pin(allowHost("redis.test", "ssh", silent), "127.0.0.1")}, nil, nil)
 	_, _, guest := g.connect(hostPort("redis.test", silent))
@@ -137,5 +141,18 @@ func TestSSHBannerAlone(t *testing.T) {
 	g.await("close", func(e audit.Event) bool { return e.Event == audit.KindClose })
 	if i := slices.IndexFunc(g.events(), func(e audit.Event) bool { return e.Verdict == audit.Deny }); i >= 0 {
 		t.Errorf("%+v", g.events()[i])
+	}
+}
+
+// Who is cut off in the middle of a packet, because the other side is none of
+// SSH, is not the one that is told of.
+func TestSSHCutOff(t *testing.T) {
+	for end, told := range map[error]bool{net.ErrClosed: false, io.EOF: true} {
+		src := io.MultiReader(strings.NewReader("\x00\x00"), iotest.ErrReader(end))
+		err := (&sshStart{src: src, dst: io.Discard, who: "the client"}).firstPacket()
+		var r *Refusal
+		if errors.As(err, &r) != told {
+			t.Errorf("%v in a packet: %v", end, err)
+		}
 	}
 }
