@@ -86,7 +86,7 @@ func TestClientGoesAway(t *testing.T) {
 	cancel()
 	select {
 	case <-gone:
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Error("the origin still works")
 	}
 	g.settled()
@@ -121,7 +121,7 @@ func TestStalledClients(t *testing.T) {
 // Connections that were opened ahead of need wait longer than a head may take.
 func TestOpenedAhead(t *testing.T) {
 	l := defaultLimits
-	l.head, l.keepAlive = 100*time.Millisecond, time.Second
+	l.head = 100 * time.Millisecond
 	o := startOrigin(t, false, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		time.Sleep(3 * l.head)
 		io.WriteString(w, "slow")
@@ -136,7 +136,10 @@ func TestOpenedAhead(t *testing.T) {
 	if b, _ := io.ReadAll(c); !bytes.HasPrefix(b, []byte("HTTP/1.1 403 ")) {
 		t.Errorf("%q", b)
 	}
+	g.settled()
 	// Not for ever, though.
+	l.keepAlive = 300 * time.Millisecond
+	g = start(t, nil, nil, func(c *Config) { c.limits = &l })
 	if b, err := io.ReadAll(g.dial()); len(b) > 0 || err != nil {
 		t.Errorf("%q %v", b, err)
 	}

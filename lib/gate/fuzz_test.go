@@ -69,7 +69,7 @@ func FuzzServe(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(20 * time.Second))
+		c.SetDeadline(time.Now().Add(patience))
 		go func() {
 			_, _ = c.Write(sent)
 			_ = c.(*net.UnixConn).CloseWrite()

@@ -59,7 +59,7 @@ func (g *rig) apply(what string, rules ...live.Rule) live.Applied {
 // isCut tells if a connection is over: not at its deadline, but ended.
 func isCut(t *testing.T, c net.Conn) {
 	t.Helper()
-	c.SetDeadline(time.Now().Add(5 * time.Second))
+	c.SetDeadline(time.Now().Add(patience))
 	n, err := io.Copy(io.Discard, c)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("the connection is open, %d bytes came", n)
@@ -182,16 +182,22 @@ func TestLiveDenyCuts(t *testing.T) {
 			t.Errorf("%s after: %d %+v", host, status, f)
 		}
 	}
+	begin := bufio.NewReader(kept)
+	for line := ""; line != "begin\r\n"; {
+		var err error
+		if line, err = begin.ReadString('\n'); err != nil {
+			t.Fatalf("another host's connection: %v", err)
+		}
+	}
 	kept.SetDeadline(time.Now().Add(100 * time.Millisecond))
-	rest, err := io.ReadAll(kept)
-	if !errors.Is(err, os.ErrDeadlineExceeded) || !bytes.HasSuffix(rest, []byte("begin\r\n")) {
+	rest, err := io.ReadAll(begin)
+	if !errors.Is(err, os.ErrDeadlineExceeded) || len(rest) > 0 {
 		t.Errorf("another host's connection: %q %v", rest, err)
 	}
-	if left := g.gate.flows.all(); len(left) > 2 { // kept, and what serves it
-		for _, f := range left {
-			t.Logf("%s:%d", f.host, f.port)
+	if !eventually(func() bool { return len(g.gate.flows.all()) <= 2 }) { // kept, and what serves it
+		for _, f := range g.gate.flows.all() {
+			t.Errorf("%s:%d is listed", f.host, f.port)
 		}
-		t.Errorf("%d flows are listed", len(left))
 	}
 }
 
@@ -239,12 +245,15 @@ func TestLiveRuleEnds(t *testing.T) {
 		r.Ends = live.Now().After(d)
 		return r
 	}
-	g.apply(live.Added, ends(200*time.Millisecond))
-	_, _, tunnel := g.connect(hostPort("raw.test", raw))
-	began := time.Now()
-	isCut(t, tunnel)
-	if d := time.Since(began); d > 4*time.Second {
-		t.Errorf("after %s", d)
+	for d := 200 * time.Millisecond; ; d *= 2 { // until this machine is fast enough to connect before its end
+		g.apply(live.Added, ends(d))
+		if status, _, tunnel := g.connect(hostPort("raw.test", raw)); status == 200 {
+			isCut(t, tunnel)
+			break
+		}
+		if d > patience {
+			t.Fatal("it never begins")
+		}
 	}
 	if status, _, _ := g.connect(hostPort("raw.test", raw)); status != 403 {
 		t.Errorf("after its end: %d", status)
@@ -336,12 +345,9 @@ func TestLiveRace(t *testing.T) {
 			isCut(t, <-opened)
 		}
 	}
-	left := g.gate.flows.all()
-	for until := time.Now().Add(10 * time.Second); len(left) > 0 && time.Now().Before(until); left = g.gate.flows.all() {
-		time.Sleep(5 * time.Millisecond) // the guest sees the end before the gate has cleared up
-	}
-	if len(left) > 0 {
-		t.Errorf("%d flows are listed", len(left))
+	// The guest sees the end before the gate has cleared up.
+	if !eventually(func() bool { return len(g.gate.flows.all()) == 0 }) {
+		t.Errorf("%d flows are listed", len(g.gate.flows.all()))
 	}
 }
 

@@ -14,10 +14,13 @@ import (
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -68,12 +71,11 @@ func unleaked(t *testing.T, letGo func()) func() {
 	goroutines, files := runtime.NumGoroutine(), fds()
 	return func() {
 		t.Helper()
-		for range 500 {
-			if runtime.NumGoroutine() <= goroutines+5 && fds() <= files+5 {
-				return
-			}
-			time.Sleep(20 * time.Millisecond)
+		if eventually(func() bool {
 			letGo()
+			return runtime.NumGoroutine() <= goroutines+5 && fds() <= files+5
+		}) {
+			return
 		}
 		stacks := make([]byte, 1<<20)
 		t.Errorf("%d goroutines, %d before; %d descriptors, %d before\n%.20000s", runtime.NumGoroutine(), goroutines, fds(), files,
@@ -81,11 +83,12 @@ func unleaked(t *testing.T, letGo func()) func() {
 	}
 }
 
-// abuse is a gate in front of hosts of every bad kind, with short limits.
+// abuse is a gate in front of hosts of every bad kind.
 type abuse struct {
 	*rig
 	port map[string]int
-	said *bytes.Buffer
+	said *safeBuffer
+	half sync.WaitGroup // of the clients that have not got half an answer
 
 	mu  sync.Mutex
 	let chan struct{}
@@ -107,8 +110,8 @@ func (hang) LookupNetIP(ctx context.Context, _, _ string) ([]netip.Addr, error) 
 	return nil, ctx.Err()
 }
 
-func startAbuse(t *testing.T) *abuse {
-	a := &abuse{port: map[string]int{}, said: &bytes.Buffer{}}
+func startAbuse(t *testing.T, short func(*limits)) *abuse {
+	a := &abuse{port: map[string]int{}, said: &safeBuffer{}}
 	a.let = make(chan struct{})
 	hold := func(c *net.TCPConn) { // until the gate has lost its patience
 		a.mu.Lock()
@@ -135,12 +138,14 @@ func startAbuse(t *testing.T) *abuse {
 		{"resets-body.test", "http", func(c *net.TCPConn) {
 			c.Read(make([]byte, 1000))
 			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
-			time.Sleep(10 * time.Millisecond)
+			a.half.Wait() // a reset takes along what has not been read
 			c.SetLinger(0)
 		}},
 		{"resets-chunks.test", "http", func(c *net.TCPConn) {
 			c.Read(make([]byte, 1000))
-			io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nhalf")
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n")
+			a.half.Wait()
+			io.WriteString(c, "ff\r\nof it")
 			time.Sleep(10 * time.Millisecond)
 			c.SetLinger(0)
 		}},
@@ -150,8 +155,10 @@ func startAbuse(t *testing.T) *abuse {
 		rules = append(rules, pin(allowHost(h.name, h.protocol, a.port[h.name]), "127.0.0.1"))
 	}
 	l := defaultLimits
-	l.head, l.handshake, l.stall, l.halfOpen = 400*time.Millisecond, 400*time.Millisecond, 600*time.Millisecond, 600*time.Millisecond
-	l.resolve, l.dial, l.answer = 400*time.Millisecond, 400*time.Millisecond, 600*time.Millisecond
+	for _, d := range []*time.Duration{&l.head, &l.handshake, &l.stall, &l.halfOpen, &l.resolve, &l.dial, &l.answer} {
+		*d = 10 * patience // so that the one below ends it
+	}
+	short(&l)
 	a.rig = start(t, rules, nil, func(c *Config) {
 		c.limits, c.Resolver, c.Log = &l, hang{}, a.said
 		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -182,59 +189,85 @@ func drip(c net.Conn, s string) {
 }
 
 // Whatever guests and hosts do, every connection ends, nothing is left of it, and
-// the gate serves the next one.
+// the gate serves the next one. Each case names the limit that has to end it, if
+// it takes one.
 func TestAbuse(t *testing.T) {
-	const each = 60
-	a := startAbuse(t)
+	const each, short = 60, 300 * time.Millisecond
 	hello := func(host string) string { return string(clientHello(t, &tls.Config{ServerName: host})) }
 	silent, resets, nowhere, quietNet := hello("silent.test"), hello("resets.test"), hello("nowhere.test"), hello("silent-net.test")
-	get := func(host string) string {
+	get := func(a *abuse, host string) string {
 		return fmt.Sprintf("GET http://%s/ HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", a.at(host), a.at(host))
 	}
-	post := fmt.Sprintf("POST http://%s/ HTTP/1.1\r\nHost: %s\r\nContent-Length: 100\r\n\r\n", a.at("web.test"), a.at("web.test"))
+	post := func(a *abuse) string {
+		return fmt.Sprintf("POST http://%s/ HTTP/1.1\r\nHost: %s\r\nContent-Length: 100\r\n\r\n", a.at("web.test"), a.at("web.test"))
+	}
 	long := strings.Repeat("x-a: bcdefgh\r\n", 100)
+	none := func(*limits) {}
+	head, handshake := func(l *limits) { l.head = short }, func(l *limits) { l.handshake = short }
+	stall, halfOpen := func(l *limits) { l.stall = short }, func(l *limits) { l.halfOpen = short }
+	resolve, dial, answer := func(l *limits) { l.resolve = short }, func(l *limits) { l.dial = short }, func(l *limits) { l.answer = short }
 	for _, c := range []struct {
-		name string
-		do   func(c *net.UnixConn)
-		want string // in what the client gets, "" for anything
+		name  string
+		do    func(a *abuse, c *net.UnixConn)
+		limit func(*limits)
+		want  string // in what the client gets, "" for anything
 	}{
-		{"half a head", func(c *net.UnixConn) { io.WriteString(c, "GET http://a/ HTTP/1.1\r\nHost") }, ""},
-		{"a head byte by byte", func(c *net.UnixConn) { drip(c, "GET http://a/ HTTP/1.1\r\n"+long) }, ""},
-		{"half a hello", func(c *net.UnixConn) { a.open(c, "silent.test"); io.WriteString(c, silent[:100]) }, "\x15\x03\x03"},
-		{"a hello byte by byte", func(c *net.UnixConn) { a.open(c, "silent.test"); drip(c, silent) }, "\x15\x03\x03"},
-		{"half a body", func(c *net.UnixConn) { io.WriteString(c, post+"half") }, ""},
-		{"a body byte by byte, and no more", func(c *net.UnixConn) { io.WriteString(c, post); drip(c, "half a body") }, ""},
-		{"half closed, and the host holds it", func(c *net.UnixConn) { a.open(c, "holds.test"); time.Sleep(100 * time.Millisecond); c.CloseWrite() }, ""},
-		{"gone at once", func(c *net.UnixConn) { a.open(c, "holds.test"); c.Close() }, ""},
-		{"gone in a lookup", func(c *net.UnixConn) { a.open(c, "nowhere.test"); time.Sleep(20 * time.Millisecond); c.Close() }, ""},
-		{"the host resets in the handshake", func(c *net.UnixConn) { a.open(c, "resets.test"); io.WriteString(c, resets) }, " 200 "},
-		{"the host says nothing in the handshake", func(c *net.UnixConn) { a.open(c, "silent.test"); io.WriteString(c, silent) }, " 200 "},
-		{"the host resets in a body", func(c *net.UnixConn) { io.WriteString(c, get("resets-body.test")) }, "half"},
-		{"the host resets in a chunk", func(c *net.UnixConn) { io.WriteString(c, get("resets-chunks.test")) }, "half"},
-		{"the host says nothing", func(c *net.UnixConn) { io.WriteString(c, get("silent-web.test")) }, "upstream_timeout"},
-		{"the name server says nothing", func(c *net.UnixConn) { a.open(c, "nowhere.test"); io.WriteString(c, nowhere) }, "upstream_timeout"},
-		{"the address says nothing", func(c *net.UnixConn) { a.open(c, "silent-net.test"); io.WriteString(c, quietNet) }, "upstream_timeout"},
+		{"half a head", func(a *abuse, c *net.UnixConn) { io.WriteString(c, "GET http://a/ HTTP/1.1\r\nHost") }, head, ""},
+		{"a head byte by byte", func(a *abuse, c *net.UnixConn) { drip(c, "GET http://a/ HTTP/1.1\r\n"+long) }, head, ""},
+		{"half a hello", func(a *abuse, c *net.UnixConn) { a.open(c, "silent.test"); io.WriteString(c, silent[:100]) }, handshake, "\x15\x03\x03"},
+		{"a hello byte by byte", func(a *abuse, c *net.UnixConn) { a.open(c, "silent.test"); drip(c, silent) }, handshake, "\x15\x03\x03"},
+		{"half a body", func(a *abuse, c *net.UnixConn) { io.WriteString(c, post(a)+"half") }, stall, ""},
+		{"a body byte by byte, and no more", func(a *abuse, c *net.UnixConn) { io.WriteString(c, post(a)); drip(c, "half a body") }, stall, ""},
+		{"half closed, and the host holds it", func(a *abuse, c *net.UnixConn) {
+			a.open(c, "holds.test")
+			time.Sleep(100 * time.Millisecond)
+			c.CloseWrite()
+		}, halfOpen, ""},
+		{"gone at once", func(a *abuse, c *net.UnixConn) { a.open(c, "holds.test"); c.Close() }, halfOpen, ""},
+		{"gone in a lookup", func(a *abuse, c *net.UnixConn) {
+			a.open(c, "nowhere.test")
+			time.Sleep(20 * time.Millisecond)
+			c.Close()
+		}, resolve, ""},
+		{"the host resets in the handshake", func(a *abuse, c *net.UnixConn) { a.open(c, "resets.test"); io.WriteString(c, resets) }, none, " 200 "},
+		{"the host says nothing in the handshake", func(a *abuse, c *net.UnixConn) { a.open(c, "silent.test"); io.WriteString(c, silent) }, stall, " 200 "},
+		{"the host resets in a body", func(a *abuse, c *net.UnixConn) { io.WriteString(c, get(a, "resets-body.test")) }, none, "half"},
+		{"the host resets in a chunk", func(a *abuse, c *net.UnixConn) { io.WriteString(c, get(a, "resets-chunks.test")) }, none, "half"},
+		{"the host says nothing", func(a *abuse, c *net.UnixConn) { io.WriteString(c, get(a, "silent-web.test")) }, answer, "upstream_timeout"},
+		{"the name server says nothing", func(a *abuse, c *net.UnixConn) { a.open(c, "nowhere.test"); io.WriteString(c, nowhere) }, resolve, "upstream_timeout"},
+		{"the address says nothing", func(a *abuse, c *net.UnixConn) { a.open(c, "silent-net.test"); io.WriteString(c, quietNet) }, dial, "upstream_timeout"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			a := startAbuse(t, c.limit)
 			whole := unleaked(t, a.letGo)
 			var wg sync.WaitGroup
+			a.half.Add(each)
 			for range each {
 				wg.Go(func() {
+					half := sync.OnceFunc(a.half.Done)
+					defer half()
 					conn, err := net.Dial("unix", a.sock)
 					if err != nil {
 						t.Error(err)
 						return
 					}
 					defer conn.Close()
-					conn.SetDeadline(time.Now().Add(30 * time.Second))
+					conn.SetDeadline(time.Now().Add(patience))
 					var got []byte
 					read := make(chan error, 1)
 					go func() {
-						var err error
-						got, err = io.ReadAll(conn)
-						read <- err
+						for buf := make([]byte, 4<<10); ; {
+							n, err := conn.Read(buf)
+							if got = append(got, buf[:n]...); bytes.Contains(got, []byte("half")) {
+								half()
+							}
+							if err != nil {
+								read <- err
+								return
+							}
+						}
 					}()
-					c.do(conn.(*net.UnixConn))
+					c.do(a, conn.(*net.UnixConn))
 					if err := <-read; errors.Is(err, os.ErrDeadlineExceeded) {
 						t.Errorf("the connection stays open; %q", got)
 					}
@@ -251,17 +284,17 @@ func TestAbuse(t *testing.T) {
 			}
 			a.gate.direct.CloseIdleConnections()
 			whole()
+			a.gate.Close()
+			<-a.done
+			a.done <- nil
+			if strings.Contains(a.said.String(), "panic") {
+				t.Errorf("%.2000s", a.said.String())
+			}
+			a.audit.Close()
+			if r, err := audit.Verify(a.log, ""); err != nil || r.Break != nil {
+				t.Errorf("%+v %v", r.Break, err)
+			}
 		})
-	}
-	a.gate.Close()
-	<-a.done
-	a.done <- nil
-	if strings.Contains(a.said.String(), "panic") {
-		t.Errorf("%.2000s", a.said)
-	}
-	a.audit.Close()
-	if r, err := audit.Verify(a.log, ""); err != nil || r.Break != nil {
-		t.Errorf("%+v %v", r.Break, err)
 	}
 }
 
@@ -270,7 +303,7 @@ func TestAbuse(t *testing.T) {
 func TestThousandHeadsInMemory(t *testing.T) {
 	const n, most = 1000, 400 << 20
 	l := defaultLimits
-	l.head, l.handshake = 5*time.Minute, 5*time.Minute
+	l.head, l.handshake = 10*patience, 10*patience
 	port := serveTCP(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
 	a := start(t, []plan.Rule{pin(allowHost("silent.test", "tls", port), "127.0.0.1")}, nil, func(c *Config) { c.limits = &l })
 	hello := clientHello(t, &tls.Config{ServerName: "silent.test"})
@@ -285,23 +318,24 @@ func TestThousandHeadsInMemory(t *testing.T) {
 			var wg sync.WaitGroup
 			conns := make([]net.Conn, n)
 			for i := range conns {
-				conns[i], _ = net.Dial("unix", a.sock)
+				var err error
+				if conns[i], err = net.Dial("unix", a.sock); err != nil {
+					t.Fatal(err)
+				}
 				wg.Go(func() {
-					conns[i].SetDeadline(time.Now().Add(2 * time.Minute))
-					io.WriteString(conns[i], send)
+					conns[i].SetDeadline(time.Now().Add(2 * patience))
+					if _, err := io.WriteString(conns[i], send); err != nil {
+						t.Errorf("%s: %v", name, err)
+					}
 				})
 			}
 			wg.Wait()
-			for range 10_000 {
-				if a.gate.Stats().Conns == n {
-					break
-				}
-				time.Sleep(5 * time.Millisecond)
+			if !eventually(func() bool { return a.gate.Stats().Conns == n }) {
+				t.Errorf("%s: %d connections", name, a.gate.Stats().Conns)
 			}
-			if c := a.gate.Stats().Conns; c != n {
-				t.Errorf("%s: %d connections", name, c)
+			if !eventually(func() bool { return !slices.ContainsFunc(conns, unread) }) {
+				t.Errorf("%s: the gate does not read all", name)
 			}
-			time.Sleep(500 * time.Millisecond) // until all is read
 			for _, c := range conns {
 				c.Close()
 			}
@@ -312,6 +346,17 @@ func TestThousandHeadsInMemory(t *testing.T) {
 			t.Errorf("%s: %d MiB more for %d connections", name, used>>20, n)
 		}
 	}
+}
+
+// unread tells if some of what was sent over c waits for its reader.
+func unread(c net.Conn) bool {
+	rc, err := c.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return false
+	}
+	n := 0
+	_ = rc.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.TIOCOUTQ) })
+	return n > 0
 }
 
 // A gigabyte is passed on, not gathered.
@@ -366,7 +411,7 @@ func TestGigabyte(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c.SetDeadline(time.Now().Add(5 * time.Minute))
+		c.SetDeadline(time.Now().Add(5 * patience))
 		var n int64
 		used := growth(func() { n = do(c.(*net.UnixConn)) })
 		c.Close()

@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -51,7 +50,7 @@ func TestFullDiskShutsAndReopens(t *testing.T) {
 	if code != "503 audit_failed" {
 		t.Fatalf("%q", code)
 	}
-	tunnel.SetDeadline(time.Now().Add(10 * time.Second))
+	tunnel.SetDeadline(time.Now().Add(patience))
 	if b, err := io.ReadAll(tunnel); len(b) > 0 || os.IsTimeout(err) {
 		t.Errorf("a tunnel stays open without a log: %q %v", b, err)
 	}
@@ -62,7 +61,7 @@ func TestFullDiskShutsAndReopens(t *testing.T) {
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_REMOUNT, "size=1m"); err != nil {
 		t.Fatal(err)
 	}
-	for until := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for until := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		if status, _, c := g.connect(hostPort("tcp.test", port)); status == 200 {
 			c.Close()
 			break
@@ -111,22 +110,4 @@ func TestRemovedLogEndsGate(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	g.done <- nil
-}
-
-// safeBuffer takes remarks of several goroutines.
-type safeBuffer struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (s *safeBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *safeBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }

@@ -220,7 +220,7 @@ func TestSidecarBounds(t *testing.T) {
 		})
 		select {
 		case <-arrived:
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			t.Error("a request does not arrive")
 		}
 	}
@@ -241,7 +241,7 @@ func TestBackDoor(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(10 * time.Second))
+		c.SetDeadline(time.Now().Add(patience))
 		io.WriteString(c, head+"\r\n\r\n")
 		closeWrite(c)
 		got, _ := io.ReadAll(c)

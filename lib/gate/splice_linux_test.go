@@ -119,7 +119,7 @@ func TestSpliceDropsDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Had the gate kept it, this would wait for ever.
-	_ = r.SetReadDeadline(time.Now().Add(10 * time.Second))
+	_ = r.SetReadDeadline(time.Now().Add(patience))
 	if _, err := r.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("the descriptor is still open somewhere: %v", err)
 	}

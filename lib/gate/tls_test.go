@@ -474,7 +474,7 @@ func TestInspectedRequests(t *testing.T) {
 	} {
 		c := open()
 		io.WriteString(c, request)
-		c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		c.SetReadDeadline(time.Now().Add(patience))
 		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
 		if err != nil {
 			t.Errorf("%q: %v", request, err)
@@ -620,7 +620,7 @@ func TestInjectedStreaming(t *testing.T) {
 		}
 	}), "api.test")
 	g := start(t, []plan.Rule{pin(allowHost("api.test", "tls", o.port), "127.0.0.1")}, keySecret("api.test", "x-api-key"), nil)
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	req, _ := http.NewRequestWithContext(ctx, "GET", "https://"+hostPort("api.test", o.port)+"/", nil)
 	resp, err := g.client().Do(req)

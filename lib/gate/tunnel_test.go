@@ -144,12 +144,7 @@ func TestGuestHangsUp(t *testing.T) {
 	once.Close()
 	time.Sleep(50 * time.Millisecond)
 	later.Close()
-	for range 500 {
-		if g.gate.Stats().Tunnels == 1 {
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	eventually(func() bool { return g.gate.Stats().Tunnels == 1 })
 	time.Sleep(50 * time.Millisecond)
 	if s := g.gate.Stats(); s.Tunnels != 1 {
 		t.Errorf("the half-closed one is to stay, and no other: %+v", s)
@@ -173,20 +168,30 @@ func TestReset(t *testing.T) {
 func TestIdleTunnelEnds(t *testing.T) {
 	port := serveTCP(t, func(c *net.TCPConn) { io.Copy(c, c) })
 	l := defaultLimits
-	l.tunnel = 300 * time.Millisecond
-	g := start(t, []plan.Rule{tcpRule("tcp.test", port)}, nil, func(c *Config) { c.limits = &l })
-	_, _, c := g.connect(hostPort("tcp.test", port))
-	// It lives as long as something moves, in one direction or the other.
-	for range 5 {
-		time.Sleep(120 * time.Millisecond)
-		c.Write([]byte("x"))
-		if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+	for l.tunnel = 300 * time.Millisecond; ; l.tunnel *= 2 {
+		g := start(t, []plan.Rule{tcpRule("tcp.test", port)}, nil, func(c *Config) { c.limits = &l })
+		_, _, c := g.connect(hostPort("tcp.test", port))
+		// It lives as long as something moves, in one direction or the other.
+		slowest, err := time.Duration(0), error(nil)
+		for range 5 {
+			moved := time.Now()
+			time.Sleep(l.tunnel * 2 / 5)
+			c.Write([]byte("x"))
+			_, err = io.ReadFull(c, make([]byte, 1))
+			if slowest = max(slowest, time.Since(moved)); err != nil {
+				break
+			}
+		}
+		if err != nil && slowest > l.tunnel/2 && l.tunnel < patience {
+			continue // this machine was too slow to keep it moving
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	began := time.Now()
-	if _, err := c.Read(make([]byte, 1)); err == nil || time.Since(began) > 5*time.Second {
-		t.Errorf("%v after %v", err, time.Since(began))
+		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("it stays open: %v", err)
+		}
+		return
 	}
 }
 
@@ -213,7 +218,7 @@ func TestSlowClients(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if d := time.Since(began); d > 5*time.Second {
+	if d := time.Since(began); d > defaultLimits.handshake-time.Second {
 		t.Errorf("took %v", d)
 	}
 	if resp, _ := g.get("https://" + hostPort("api.test", o.port) + "/"); resp.StatusCode != 200 {
@@ -225,13 +230,9 @@ func TestSlowClients(t *testing.T) {
 // settled waits until nothing is left of the connections.
 func (g *rig) settled() {
 	g.t.Helper()
-	for range 500 {
-		if s := g.gate.Stats(); s.Conns == 0 && s.Tunnels == 0 {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
+	if !eventually(func() bool { s := g.gate.Stats(); return s.Conns == 0 && s.Tunnels == 0 }) {
+		g.t.Errorf("left: %+v", g.gate.Stats())
 	}
-	g.t.Errorf("left: %+v", g.gate.Stats())
 }
 
 func TestThousandConnections(t *testing.T) {
@@ -251,7 +252,7 @@ func TestThousandConnections(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			c.SetDeadline(time.Now().Add(30 * time.Second))
+			c.SetDeadline(time.Now().Add(patience))
 			conns[i] = c
 			fmt.Fprintf(c, "CONNECT %s HTTP/1.1\r\n\r\n", hostPort("tcp.test", port))
 			br := bufio.NewReader(c)
@@ -280,11 +281,8 @@ func TestThousandConnections(t *testing.T) {
 		c.Close()
 	}
 	g.settled()
-	for range 200 {
-		if runtime.NumGoroutine() <= goroutines+10 {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
+	if eventually(func() bool { return runtime.NumGoroutine() <= goroutines+10 }) {
+		return
 	}
 	t.Errorf("%d goroutines, %d before", runtime.NumGoroutine(), goroutines)
 }
@@ -299,12 +297,7 @@ func TestTooManyConnections(t *testing.T) {
 		t.Errorf("%s", got)
 	}
 	a.Close()
-	for range 300 {
-		if g.gate.Stats().Conns < 2 {
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	eventually(func() bool { return g.gate.Stats().Conns < 2 })
 	if status, _, _ := g.connect(hostPort("tcp.test", port)); status != 200 {
 		t.Error(status)
 	}
@@ -552,7 +545,7 @@ func TestClients(t *testing.T) {
 			if err != nil {
 				t.Skipf("SKIPPED: %s is not installed, so the gate was not tried with it", c.argv[0])
 			}
-			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(context.Background(), patience)
 			defer cancel()
 			cmd := exec.CommandContext(ctx, bin, c.argv[1:]...)
 			cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir(), "SSL_CERT_FILE=" + roots, "GIT_SSL_CAINFO=" + roots,

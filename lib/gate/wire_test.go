@@ -15,17 +15,19 @@ import (
 )
 
 // exchangeRaw sends bytes as they are and reads all answers until the gate
-// closes or nothing more comes.
-func (g *rig) exchangeRaw(sent string) string {
+// closes or, once want has come, nothing more comes.
+func (g *rig) exchangeRaw(sent, want string) string {
 	g.t.Helper()
 	c := g.dial()
 	go io.WriteString(c, sent)
 	var out bytes.Buffer
 	buf := make([]byte, 4096)
-	patience := 10 * time.Second
 	for {
-		c.SetReadDeadline(time.Now().Add(patience))
-		patience = 400 * time.Millisecond
+		wait := patience
+		if strings.Contains(out.String(), want) {
+			wait = 400 * time.Millisecond
+		}
+		c.SetReadDeadline(time.Now().Add(wait))
 		n, err := c.Read(buf)
 		out.Write(buf[:n])
 		if err != nil {
@@ -42,7 +44,7 @@ func TestHostileRequests(t *testing.T) {
 	url := "http://" + at + "/"
 	host := "Host: " + at + "\r\n"
 
-	if got := g.exchangeRaw(get(url, host+"Connection: close\r\n")); !strings.HasPrefix(got, "HTTP/1.1 200 ") {
+	if got := g.exchangeRaw(get(url, host+"Connection: close\r\n"), "\r\n\r\n"); !strings.HasPrefix(got, "HTTP/1.1 200 ") {
 		t.Fatalf("control: %s", got)
 	}
 	reached := len(o.log())
@@ -113,7 +115,7 @@ func TestHostileRequests(t *testing.T) {
 		"smuggled second request":  {"POST " + url + " HTTP/1.1\r\n" + host + "Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET http://denied.test/ HTTP/1.1\r\nHost: denied.test\r\n\r\n", "400", "bad_request"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got := g.exchangeRaw(c.sent)
+			got := g.exchangeRaw(c.sent, `"code":"`+c.code+`"`)
 			if !strings.HasPrefix(got, "HTTP/1.1 "+c.status+" ") || !strings.Contains(got, `"code":"`+c.code+`"`) ||
 				!strings.Contains(got, "X-Bottle-Decision: deny\r\n") || strings.Count(got, "HTTP/1.1 ") != 1 {
 				t.Errorf("%s", got)
@@ -185,8 +187,8 @@ func TestHeadersOnTheWay(t *testing.T) {
 	}))
 	at := hostPort("ok.test", o.port)
 	g := start(t, []plan.Rule{pin(allowHost("ok.test", "http", o.port), "127.0.0.1")}, nil, nil)
-	got := g.exchangeRaw("GET http://" + at + "/p HTTP/1.1\r\nHost: OK.test:" + fmt.Sprint(o.port) +
-		"\r\nConnection: keep-alive, X-Mine\r\nX-Mine: 1\r\nKeep-Alive: 5\r\nProxy-Connection: keep-alive\r\nProxy-Authorization: Basic eA==\r\nTE: trailers\r\nAccept-Encoding: gzip\r\n\r\n")
+	got := g.exchangeRaw("GET http://"+at+"/p HTTP/1.1\r\nHost: OK.test:"+fmt.Sprint(o.port)+
+		"\r\nConnection: keep-alive, X-Mine\r\nX-Mine: 1\r\nKeep-Alive: 5\r\nProxy-Connection: keep-alive\r\nProxy-Authorization: Basic eA==\r\nTE: trailers\r\nAccept-Encoding: gzip\r\n\r\n", `"path":"/p"`)
 	for _, want := range []string{"Set-Cookie: a=b", `"Accept-Encoding":["gzip"]`, `"host":"` + at} {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %s in %s", want, got)
@@ -204,10 +206,10 @@ func TestHTTP10(t *testing.T) {
 	o := startOrigin(t, false, echo)
 	at := hostPort("ok.test", o.port)
 	g := start(t, []plan.Rule{pin(allowHost("ok.test", "http", o.port), "127.0.0.1")}, nil, nil)
-	if got := g.exchangeRaw("GET http://" + at + "/ HTTP/1.0\r\n\r\n"); !strings.Contains(got, " 200 OK\r\n") {
+	if got := g.exchangeRaw("GET http://"+at+"/ HTTP/1.0\r\n\r\n", "\r\n\r\n"); !strings.Contains(got, " 200 OK\r\n") {
 		t.Errorf("%s", got)
 	}
-	got := g.exchangeRaw("CONNECT " + at + " HTTP/1.0\r\n\r\nGET /in HTTP/1.1\r\nHost: " + at + "\r\nConnection: close\r\n\r\n")
+	got := g.exchangeRaw("CONNECT "+at+" HTTP/1.0\r\n\r\nGET /in HTTP/1.1\r\nHost: "+at+"\r\nConnection: close\r\n\r\n", `"path":"/in"`)
 	if !strings.HasPrefix(got, "HTTP/1.1 200 Connection established\r\n\r\nHTTP/1.1 200 OK\r\n") || !strings.Contains(got, `"path":"/in"`) {
 		t.Errorf("%s", got)
 	}
@@ -225,7 +227,7 @@ func TestPlainTunnel(t *testing.T) {
 		"CONNECT denied.test:443 HTTP/1.1\r\nHost: denied.test:443\r\n\r\n": "method_refused",
 		"SSH-2.0-x\r\n": "bad_request",
 	} {
-		got := g.exchangeRaw("CONNECT " + at + " HTTP/1.1\r\n\r\n" + request)
+		got := g.exchangeRaw("CONNECT "+at+" HTTP/1.1\r\n\r\n"+request, `"code":"`+code+`"`)
 		if !strings.Contains(got, `"code":"`+code+`"`) || !strings.HasPrefix(got, "HTTP/1.1 200") {
 			t.Errorf("%q: %s", request, got)
 		}
