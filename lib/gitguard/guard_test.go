@@ -316,7 +316,7 @@ func await(t *testing.T, findings chan Finding, path string) Finding {
 			if f.Path == path {
 				return f
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("no finding for %s", path)
 		}
 	}
@@ -728,7 +728,7 @@ func TestLostCovers(t *testing.T) {
 					t.Errorf("covered %q, want %q", got, want)
 				}
 				return
-			case <-time.After(10 * time.Second):
+			case <-time.After(time.Minute):
 				t.Fatalf("not covered: %q", want)
 			}
 		}

@@ -61,7 +61,7 @@ func TestAuditLog(t *testing.T) {
 		}
 		until := func(what, want string) {
 			for began := time.Now(); !contains(w.OK("bottle-vm status "+id), want); time.Sleep(20 * time.Millisecond) {
-				if time.Since(began) > 20*time.Second {
+				if time.Since(began) > harness.Limit {
 					t.Fatalf("%s: %s", what, w.OK("bottle-vm status "+id))
 				}
 			}
@@ -132,7 +132,7 @@ func TestFullDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	for began := time.Now(); gjson.Get(w.OK("bottle-vm status "+id), "gate").Str != "up"; time.Sleep(20 * time.Millisecond) {
-		if time.Since(began) > 20*time.Second {
+		if time.Since(began) > harness.Limit {
 			t.Fatal(w.OK("bottle-vm status " + id))
 		}
 	}
@@ -174,7 +174,7 @@ func TestLogTakenAway(t *testing.T) {
 			if status = w.OK("bottle-vm status " + id); gjson.Get(status, "gate").Str == "down" && contains(status, "there will be no gate any more: audit log") {
 				break
 			}
-			if time.Since(began) > 20*time.Second {
+			if time.Since(began) > harness.Limit {
 				t.Fatalf("%s: %s", name, status)
 			}
 		}

@@ -95,8 +95,8 @@ func execStreams(t *testing.T, w *harness.World, id string) {
 	}
 	// What the guest leaves in the background must not hold exec for ever.
 	begun := time.Now()
-	r = w.Exec(id, "sleep 30 >/dev/null 2>&1 & echo done")
-	if r.Out != "done\n" || time.Since(begun) > 10*time.Second {
+	r = w.Exec(id, "sleep 600 >/dev/null 2>&1 & echo done")
+	if r.Out != "done\n" || time.Since(begun) > harness.Limit {
 		t.Errorf("background child: %+v after %s", r, time.Since(begun))
 	}
 }
@@ -138,11 +138,11 @@ func execSignals(t *testing.T, w *harness.World, id string) {
 
 func execTimeout(t *testing.T, w *harness.World, id string) {
 	begun := time.Now()
-	r := w.Do(nil, "bottle-vm", "exec", "--timeout", "300ms", id, "--", "sh", "-c", "echo begun; sleep 30")
+	r := w.Do(nil, "bottle-vm", "exec", "--timeout", "300ms", id, "--", "sh", "-c", "echo begun; sleep 600")
 	if r.Code != 124 || r.Out != "begun\n" {
 		t.Errorf("%+v", r)
 	}
-	if took := time.Since(begun); took > 8*time.Second {
+	if took := time.Since(begun); took > harness.Limit {
 		t.Errorf("took %s", took)
 	}
 	if r := w.Do(nil, "bottle-vm", "exec", "--timeout", "20s", id, "--", "sh", "-c", "exit 5"); r.Code != 5 {
@@ -215,7 +215,7 @@ func (c *counter) Write(b []byte) (int, error) { *c += counter(len(b)); return l
 func execClosedStdout(t *testing.T, w *harness.World, id string) {
 	begun := time.Now()
 	r := w.Sh("bottle-vm exec " + id + " -- yes | head -n 2")
-	if r.Out != "y\ny\n" || time.Since(begun) > 15*time.Second {
+	if r.Out != "y\ny\n" || time.Since(begun) > harness.Limit {
 		t.Errorf("%+v after %s", r, time.Since(begun))
 	}
 }
@@ -295,7 +295,7 @@ func (p *term) output() string {
 
 func (p *term) expect(want string) {
 	p.t.Helper()
-	harness.Eventually(p.t, 15*time.Second, func() string {
+	harness.Eventually(p.t, harness.Limit, func() string {
 		if !contains(p.output(), want) {
 			return fmt.Sprintf("no %q on the terminal: %q", want, p.output())
 		}
@@ -320,15 +320,14 @@ func (p *term) wait() int {
 
 func execTerminal(t *testing.T, w *harness.World, id string) {
 	p := newTerm(t, w, 33, 101, "bottle-vm", "exec", "-t", id, "--", "sh", "-c",
-		"test -t 0 && test -t 1 && stty size; echo TERM=$TERM; read line; stty size; echo got-$line; sleep 30; echo never-$?")
+		"test -t 0 && test -t 1 && stty size; echo TERM=$TERM; until stty size | grep '44 77'; do sleep 0.1; done; read line; echo got-$line; sleep 30; echo never-$?")
 	p.expect("33 101")
 	p.expect("TERM=xterm")
 	if err := pty.Setsize(p.f, &pty.Winsize{Rows: 44, Cols: 77}); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(300 * time.Millisecond) // the resize travels by itself
+	p.expect("44 77") // it travels by itself
 	p.send("word\n")
-	p.expect("44 77")
 	p.expect("got-word")
 	p.send("\x03") // Ctrl-C
 	if code := p.wait(); code != 130 {

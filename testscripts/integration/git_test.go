@@ -5,7 +5,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/bottle-tools/bottle/testscripts/harness"
 )
@@ -50,7 +49,15 @@ func attack(t *testing.T, w *harness.World, script string) {
 		t.Errorf("a commit in the guest: %+v", r)
 	}
 	w.Exec(id, strings.ReplaceAll(script, "HOSTDIR", w.Dir))
-	time.Sleep(200 * time.Millisecond) // docs/security.md: what appears is set aside at once, in about a millisecond
+	// docs/security.md: what appears is set aside at once, in about a millisecond.
+	// It is done in order, so that what came last tells when all is.
+	w.OK("bottle-vm exec " + id + " -- sh -c 'mkdir last && echo x >last/.git'")
+	harness.Eventually(t, harness.Limit, func() string {
+		if _, err := os.Lstat(filepath.Join(w.Dir, "last", ".git")); err == nil {
+			return "last/.git is not set aside"
+		}
+		return ""
+	})
 	for _, when := range []string{"while the bottle runs", "afterwards"} {
 		for _, dir := range []string{".", "nested", "sub", "fresh"} {
 			if _, err := os.Stat(filepath.Join(w.Dir, dir)); err == nil {

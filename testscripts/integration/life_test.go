@@ -187,7 +187,7 @@ func TestKeeperDies(t *testing.T) {
 		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
-		harness.Eventually(t, 5*time.Second, func() string {
+		harness.Eventually(t, harness.Limit, func() string {
 			if r := w.Sh("bottle-gc --check"); r.Code != 1 {
 				return fmt.Sprintf("gc --check: %+v, want 1", r)
 			}
@@ -246,7 +246,7 @@ func TestUpKilled(t *testing.T) {
 			cancel()
 			// Either the keeper noticed and took it back, or it was ready, or gc
 			// clears it. Nothing else.
-			harness.Eventually(t, 10*time.Second, func() string {
+			harness.Eventually(t, harness.Limit, func() string {
 				if r := w.Sh("bottle-gc --apply --min-age 0s"); r.Code != 0 {
 					return fmt.Sprintf("killed after %s: gc --apply: %+v", d, r)
 				}
@@ -288,7 +288,7 @@ func TestOwnerGone(t *testing.T) {
 	harness.EachUser(t, func(t *testing.T, w *harness.World) {
 		w.Manifest(plain)
 		w.OK(`sleep 30 >/dev/null 2>&1 & p=$!; bottle-plan | bottle-vm up --owner $p >doc.json; bottle-vm exec -- true <doc.json || exit; kill $p`)
-		harness.Eventually(t, 10*time.Second, func() string {
+		harness.Eventually(t, harness.Limit, func() string {
 			if left := w.Processes(); len(left) > 0 {
 				return strings.Join(left, "\n")
 			}
@@ -326,14 +326,14 @@ func TestRunCtrlC(t *testing.T) {
 		}
 		for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP} {
 			begun := time.Now()
-			p := newTerm(t, w, 24, 80, "bottle", "run", "bash", "--", "sh", "-c", "echo begun; exec sleep "+map[syscall.Signal]string{syscall.SIGTERM: "60", syscall.SIGHUP: "1"}[sig])
+			p := newTerm(t, w, 24, 80, "bottle", "run", "bash", "--", "sh", "-c", "echo begun; exec sleep "+map[syscall.Signal]string{syscall.SIGTERM: "600", syscall.SIGHUP: "1"}[sig])
 			p.expect("begun")
 			_ = p.cmd.Process.Signal(sig)
-			if code := p.wait(); code != 128+int(sig) || time.Since(begun) > 30*time.Second {
+			if code := p.wait(); code != 128+int(sig) || time.Since(begun) > harness.Limit {
 				t.Errorf("%s: exit %d after %s", sig, code, time.Since(begun))
 			}
 			// TERM ends the driver at once; the keeper sees its owner gone.
-			harness.Eventually(t, 5*time.Second, func() string { return w.OK("bottle-vm ls") })
+			harness.Eventually(t, harness.Limit, func() string { return w.OK("bottle-vm ls") })
 			w.Gone()
 		}
 	})

@@ -59,7 +59,7 @@ func TestLiveRules(t *testing.T) {
 		if err := syscall.Kill(gate, syscall.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
-		harness.Eventually(t, 5*time.Second, func() string {
+		harness.Eventually(t, harness.Limit, func() string {
 			if now := roleProcess(t, w, id, "gate"); now == gate || !contains(w.OK("bottle-vm status "+id), `"gate":"up"`) {
 				return "no new gate"
 			}
@@ -77,7 +77,7 @@ func TestLiveRules(t *testing.T) {
 		}
 		ended := make(chan error, 1)
 		go func() { ended <- tunnel.Wait() }()
-		harness.Eventually(t, 10*time.Second, func() string {
+		harness.Eventually(t, harness.Limit, func() string {
 			if !contains(w.OK("bottle-vm logs --audit "+id), "silent.test") {
 				return "the tunnel is not there"
 			}
@@ -91,7 +91,7 @@ func TestLiveRules(t *testing.T) {
 			if err != nil {
 				t.Errorf("the tunnel's client: %v", err)
 			}
-		case <-time.After(20 * time.Second):
+		case <-time.After(harness.Limit):
 			t.Fatal("a tunnel to a host that was denied goes on")
 		}
 		if got := reach("planned.test"); !contains(got, " 403") {
@@ -113,13 +113,13 @@ func TestLiveRules(t *testing.T) {
 
 		// An end holds without anybody's doing.
 		w.OK(allow + fmt.Sprintf("--for 2s new.test:%d", u.port))
-		harness.Eventually(t, 10*time.Second, func() string {
+		harness.Eventually(t, harness.Limit, func() string {
 			if got := reach("new.test"); !contains(got, " 403") {
 				return got
 			}
 			return ""
 		})
-		harness.Eventually(t, 3*time.Second, func() string {
+		harness.Eventually(t, harness.Limit, func() string {
 			log := w.OK("bottle-vm logs --audit " + id)
 			for _, want := range []string{"rule_added", "rule_reverted", "rule_expired", `"why"`, "a trial", `"by":` + strconv.Itoa(w.UID())} {
 				if want != `"why"` && !contains(log, want) {

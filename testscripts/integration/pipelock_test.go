@@ -177,7 +177,7 @@ func TestPipelockWithMitmdump(t *testing.T) {
 
 func proxyUp(t *testing.T, w *harness.World, id string) {
 	t.Helper()
-	harness.Eventually(t, 10*time.Second, func() string {
+	harness.Eventually(t, harness.Limit, func() string {
 		if s := w.OK("bottle-vm status " + id); !contains(s, `"proxy":"up"`) {
 			return s
 		}
@@ -222,7 +222,7 @@ func throughPipelock(t *testing.T, w *harness.World, id string) {
 	if code, status, _ := get(w, id, "example.com", 443, "/"); code == 0 || strings.HasPrefix(status, "200") {
 		t.Errorf("with pipelock dead something was served: %d %s", code, status)
 	}
-	harness.Eventually(t, 10*time.Second, func() string {
+	harness.Eventually(t, harness.Limit, func() string {
 		if now := pipelockPid(w); now == 0 || now == pid {
 			return "no new pipelock"
 		}
@@ -233,7 +233,7 @@ func throughPipelock(t *testing.T, w *harness.World, id string) {
 	if err := publicAddr(true); err != nil {
 		t.Fatal(err)
 	}
-	harness.Eventually(t, 5*time.Second, works)
+	harness.Eventually(t, harness.Limit, works)
 }
 
 func pipelockPid(w *harness.World) int {

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/tidwall/gjson"
 
@@ -153,7 +152,7 @@ exec `+sshd+` -D -e -f `+conf)
 			t.Log(said.String())
 		}
 	})
-	harness.Eventually(t, 10*time.Second, func() string { // unshare has done its work
+	harness.Eventually(t, harness.Limit, func() string { // unshare has done its work
 		own, _ := os.Readlink("/proc/self/ns/net")
 		if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", cmd.Process.Pid)); err != nil || ns == own {
 			return fmt.Sprintf("sshd has no network of its own: %s, %v", ns, err)
@@ -164,7 +163,7 @@ exec `+sshd+` -D -e -f `+conf)
 	if _, err := io.WriteString(stdin, "go\n"); err != nil {
 		t.Fatal(err)
 	}
-	harness.Eventually(t, 20*time.Second, func() string {
+	harness.Eventually(t, harness.Limit, func() string {
 		out, err := exec.Command("ssh-keyscan", "-T", "2", "-t", "ed25519", sshdAddr).Output()
 		if err != nil || len(out) == 0 {
 			return fmt.Sprintf("sshd does not answer: %v", err)

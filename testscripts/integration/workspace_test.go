@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/tidwall/gjson"
 
@@ -48,7 +47,7 @@ func TestWorkspaceReadWrite(t *testing.T) {
 		// Hidden: what was there, what appears later, and renaming does not bring
 		// it out.
 		w.Write("later.pem", "hidden later\n")
-		harness.Eventually(t, 3*time.Second, func() string {
+		harness.Eventually(t, harness.Limit, func() string {
 			if r := w.Exec(id, "cat later.pem"); contains(r.Out, "hidden") {
 				return "a file of a hidden name that appeared later can be read"
 			}

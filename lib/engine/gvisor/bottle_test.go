@@ -371,7 +371,7 @@ func TestBottleExec(t *testing.T) {
 			sigs <- syscall.SIGTERM
 		}()
 		status, err := b.Exec(context.Background(), b.ref, engine.ExecRequest{Stdout: w, Signals: sigs,
-			Argv: []string{"python3", "-c", "import signal,time\nsignal.signal(signal.SIGUSR1, lambda *a: print('usr1', flush=True))\nprint('ready', flush=True)\nwhile True: time.sleep(0.05)"}})
+			Argv: []string{"python3", "-c", "import os,signal,time\nsignal.signal(signal.SIGUSR1, lambda *a: os.write(1, b'usr1\\n'))\nos.write(1, b'ready\\n')\nwhile True: time.sleep(0.05)"}})
 		w.Close()
 		if err != nil || status != 143 {
 			t.Errorf("got %d, %v; want 143", status, err)
@@ -408,7 +408,7 @@ func TestBottleTerminal(t *testing.T) {
 		t.Helper()
 		from := out.Len()
 		io.WriteString(master, line)
-		deadline := time.Now().Add(20 * time.Second)
+		deadline := time.Now().Add(time.Minute)
 		for !strings.Contains(out.From(from), want) {
 			if time.Now().After(deadline) {
 				t.Fatalf("after %q: no %q in %q", line, want, out.From(from))
@@ -418,24 +418,33 @@ func TestBottleTerminal(t *testing.T) {
 	}
 	say("test -t 0 && test -t 2 && stty size\r", "33 111")
 	say("tty=$(ps -o tty= $$ 2>/dev/null); set -m; echo job control $-\r", "job control")
+	// In the foreground: until then a key is the shell's.
+	sleeps := func(what string) {
+		t.Helper()
+		for began := time.Now(); !strings.Contains(b.sh(t, "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '; true"), what); {
+			if time.Since(began) > time.Minute {
+				t.Fatalf("%s does not run: %q", what, out.From(0))
+			}
+		}
+	}
 	say("sleep 100; echo interrupted $?\r", "\n")
-	time.Sleep(300 * time.Millisecond)
+	sleeps("sleep 100 ")
 	say("\x03", "$")
 	say("echo after; echo status-$((1+1))\r", "status-2")
 	say("sleep 200\r", "\n")
-	time.Sleep(300 * time.Millisecond)
+	sleeps("sleep 200 ")
 	say("\x1a", "Stopped")
 	say("kill %1; wait; echo cleared-$((2+2))\r", "cleared-4")
 	resize(t, master, 50, 90)
-	time.Sleep(200 * time.Millisecond)
-	say("stty size\r", "50 90")
+	// It travels by itself.
+	say("until [ \"$(stty size)\" = '50 90' ]; do sleep 0.1; done; echo now-$(stty size)\r", "now-50 90")
 	io.WriteString(master, "exit 5\r")
 	select {
 	case status := <-done:
 		if status != 5 {
 			t.Errorf("status %d, want 5", status)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("the shell did not end: %q", out.From(0))
 	}
 }
