@@ -359,7 +359,7 @@ func TestStrangersAtTheBackDoor(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			c.SetDeadline(time.Now().Add(10 * time.Second))
+			c.SetDeadline(time.Now().Add(patience))
 			io.WriteString(c, head+"\r\n\r\n")
 			closeWrite(c)
 			got, _ := io.ReadAll(c)
