@@ -3,6 +3,7 @@ package keeper
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"sync"
@@ -23,7 +24,17 @@ type guard struct {
 
 	mu    sync.Mutex
 	found []string
+	bytes int // of found
+	more  int // that found no room
 }
+
+// Bounds of what is told of findings: a guest brings them about, as many as it
+// likes and with names of its own, and the keeper's answers have to stay short
+// enough for the owner's commands. What is taken away is so all the same.
+const (
+	maxFound      = 1000
+	maxFoundBytes = 64 << 10
+)
 
 // noGuard is the guard of a bottle that never started.
 func noGuard() *guard { return &guard{} }
@@ -78,8 +89,7 @@ func (g *guard) watch(k *keeper) {
 	go func() {
 		defer close(g.done)
 		err := g.g.Watch(ctx, func(f gitguard.Finding) {
-			k.logf("workspace: %s", f)
-			g.note(f)
+			g.note(k, f)
 		})
 		if err != nil && ctx.Err() == nil {
 			// Not from here: the end of the bottle waits for this goroutine.
@@ -88,19 +98,35 @@ func (g *guard) watch(k *keeper) {
 	}()
 }
 
-func (g *guard) note(f gitguard.Finding) {
+// note keeps a finding for reports, and writes it into the keeper's log. One that
+// is there already, or finds no room, is counted.
+func (g *guard) note(k *keeper, f gitguard.Finding) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if s := f.String(); !slices.Contains(g.found, s) {
-		g.found = append(g.found, s)
+	s := f.String()
+	switch {
+	case slices.Contains(g.found, s):
+		return
+	case len(g.found) == maxFound || g.bytes+len(s) > maxFoundBytes:
+		if g.more++; g.more == 1 {
+			k.logf("workspace: more was found than is listed")
+		}
+		return
 	}
+	g.found = append(g.found, s)
+	g.bytes += len(s)
+	k.logf("workspace: %s", s)
 }
 
 // report gives what was found so far, one line each.
 func (g *guard) report() []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return slices.Clone(g.found)
+	out := slices.Clone(g.found)
+	if g.more > 0 {
+		out = append(out, fmt.Sprintf("%d more findings are not listed", g.more))
+	}
+	return out
 }
 
 // unwatch ends the watch, which is for after the guest. It takes some 10 ms: the
@@ -121,8 +147,7 @@ func (g *guard) sweep(k *keeper) error {
 	g.unwatch()
 	found, err := g.g.Sweep()
 	for _, f := range found {
-		k.logf("workspace: %s", f)
-		g.note(f)
+		g.note(k, f)
 	}
 	g.swept = err == nil
 	return err

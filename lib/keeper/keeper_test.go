@@ -5,11 +5,15 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/bottle-tools/bottle/lib/control"
+	"github.com/bottle-tools/bottle/lib/gitguard"
 	"github.com/bottle-tools/bottle/lib/manifest"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/state"
@@ -103,5 +107,34 @@ func TestLogIsOneLine(t *testing.T) {
 	got, err := os.ReadFile(log.Name())
 	if want := "1970-01-01T00:00:00Z keeper: workspace: z?[31m ?2J ?\ufffdü/.git\n"; err != nil || string(got) != want {
 		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// A guest that has ever more set aside fills neither the keeper's memory, nor its
+// log, nor the answers by which its owner commands it.
+func TestFindingsAreBounded(t *testing.T) {
+	for name, width := range map[string]int{"many": 10, "long": 4000} {
+		log, err := os.Create(filepath.Join(t.TempDir(), "log"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer log.Close()
+		k := &keeper{log: log, now: time.Now}
+		g := noGuard()
+		const n = 5000
+		for i := range n {
+			for range 2 {
+				g.note(k, gitguard.Finding{Path: fmt.Sprintf("%d%s/.git", i, strings.Repeat("\x01", width)), What: "is no part of the workspace"})
+			}
+		}
+		got := g.report()
+		raw, err := json.Marshal(control.Answer{Findings: got})
+		if err != nil || len(raw) > 512<<10 {
+			t.Errorf("%s: an answer of %d bytes: %v", name, len(raw), err)
+		}
+		fi, _ := log.Stat()
+		if len(got) > maxFound+1 || fi.Size() > 1<<20 || got[len(got)-1] != fmt.Sprintf("%d more findings are not listed", 2*(n-len(got)+1)) {
+			t.Errorf("%s: %d findings, the last: %s; a log of %d bytes", name, len(got), got[len(got)-1], fi.Size())
+		}
 	}
 }
