@@ -59,7 +59,7 @@ func (g *Gate) transports(roots *x509.CertPool) (direct, proxied *http.Transport
 		IdleConnTimeout:        time.Minute,
 		MaxIdleConns:           128,
 		MaxIdleConnsPerHost:    16,
-		MaxResponseHeaderBytes: 256 << 10,
+		MaxResponseHeaderBytes: 64 << 10, // as of a request: a guest may let a thousand of them wait
 		DisableCompression:     true,
 	}
 	proxied = direct.Clone()

@@ -336,3 +336,20 @@ func TestCertificateThatNamesTheSecret(t *testing.T) {
 		t.Errorf("%+v", e)
 	}
 }
+
+// The head of an answer may be as long as that of a request: a guest that reads
+// none of them lets a thousand wait in the gate (128 MiB; 660 with heads of 256 KiB).
+func TestLongHeadsOfAnswers(t *testing.T) {
+	o := startOrigin(t, false, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		lines := map[string]int{"/long": 55, "/longer": 70}[r.URL.Path]
+		for i := range lines {
+			w.Header().Set(fmt.Sprint("X-", i), strings.Repeat("v", 1<<10))
+		}
+	}))
+	g := start(t, []plan.Rule{pin(allowHost("web.test", "http", o.port), "127.0.0.1")}, nil, nil)
+	for path, want := range map[string]int{"/long": 200, "/longer": 502} {
+		if resp, body := g.get("http://" + hostPort("web.test", o.port) + path); resp.StatusCode != want {
+			t.Errorf("%s: %s %s", path, resp.Status, body)
+		}
+	}
+}
