@@ -45,6 +45,15 @@ type Report struct {
 	ProxyConfig string `json:"proxy_config,omitempty"`
 	Document    string `json:"document"` // of the document that the keeper goes by (plan.SHA256)
 	Watches     bool   `json:"watches"`  // limits are watched by the keeper
+	// Sidecar is how mitmdump was started; absent without one.
+	Sidecar *Sidecar `json:"sidecar,omitempty"`
+}
+
+// Sidecar is how a sidecar was started.
+type Sidecar struct {
+	Program string `json:"program"` // absolute path
+	Listen  string `json:"listen"`  // host:port of its own
+	Back    string `json:"back"`    // of its way back, which keeper and gate hold
 }
 
 // Change asks for other rules on top of the plan's. All of it is done, or

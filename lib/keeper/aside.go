@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/ca"
+	"github.com/bottle-tools/bottle/lib/control"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/gateproc"
 	"github.com/bottle-tools/bottle/lib/manifest"
@@ -202,6 +203,15 @@ func (a *asideKeeper) ref() *plan.SidecarRef {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return &plan.SidecarRef{Name: sidecar.Name, RunConfigSHA256: a.proc.RunConfigSHA256()}
+}
+
+func (a *asideKeeper) report() *control.Sidecar {
+	if a == nil || a.k == nil {
+		return nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return &control.Sidecar{Program: a.opts.Program, Listen: a.proc.Addr().String(), Back: a.opts.Back}
 }
 
 func (a *asideKeeper) status() string {

@@ -68,7 +68,7 @@ func (k *keeper) answer(c net.Conn) {
 			a.Error = plan.NewFailure("vm", err)
 		}
 		a.Report = &control.Report{GateRules: r.RulesSHA256, GateLive: r.LiveSHA256, ProxyConfig: k.proxy.ref().RunConfigSHA256,
-			Document: plan.SHA256(k.doc.Line()), Watches: k.monitor != nil}
+			Document: plan.SHA256(k.doc.Line()), Watches: k.monitor != nil, Sidecar: k.aside.report()}
 	case "stop":
 		if err := k.halt("stopped by command"); err != nil {
 			a.Error = plan.NewFailure("vm", fault.New(fault.IO, "stop_failed", "stopping: %w", err))

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -101,17 +102,7 @@ func lay(o *Options, listen netip.AddrPort) (digest string, err error) {
 		scripts = append(scripts, path)
 		sums.WriteString(plan.SHA256(a.Code) + "\n")
 	}
-	options := map[string]any{
-		"connection_strategy": "lazy", // no connection that no request asked for
-		"upstream_cert":       false,
-		"http2":               false, // the gate reads HTTP/1.1
-		"rawtcp":              false,
-		"onboarding":          false,
-		"ssl_insecure":        false,
-		"body_size_limit":     MaxBody,
-		"flow_detail":         0,
-		"termlog_verbosity":   "info",
-	}
+	options := settings()
 	fixed, err := json.Marshal(options)
 	if err != nil {
 		return "", fault.New(fault.Bug, "bug", "mitmdump's options: %w", err)
@@ -130,6 +121,83 @@ func lay(o *Options, listen netip.AddrPort) (digest string, err error) {
 		}
 	}
 	return plan.SHA256(append(fixed, sums.String()...)), nil
+}
+
+// settings are the options that are the same for every bottle.
+func settings() map[string]any {
+	return map[string]any{
+		"connection_strategy": "lazy", // no connection that no request asked for
+		"upstream_cert":       false,
+		"http2":               false, // the gate reads HTTP/1.1
+		"rawtcp":              false,
+		"onboarding":          false,
+		"ssl_insecure":        false,
+		"body_size_limit":     MaxBody,
+		"flow_detail":         0,
+		"termlog_verbosity":   "info",
+	}
+}
+
+// Digest is RunConfigSHA256 of what lies in a sidecar's folder now. It is an
+// error if that is not what Start has laid there for addons and the port listen:
+// mitmdump loads an addon again when its file has changed.
+func Digest(dir string, addons []plan.Addon, listen string) (string, error) {
+	conf := filepath.Join(dir, "conf")
+	raw, err := os.ReadFile(filepath.Join(conf, "config.yaml"))
+	if err != nil {
+		return "", err
+	}
+	var options map[string]any
+	if err := json.Unmarshal(raw, &options); err != nil {
+		return "", fmt.Errorf("config.yaml: %w", err)
+	}
+	if got := fmt.Sprintf("%v:%v", options["listen_host"], options["listen_port"]); got != listen {
+		return "", fmt.Errorf("config.yaml names port %s", got)
+	}
+	if got := options["ssl_verify_upstream_trusted_ca"]; got != filepath.Join(conf, "back.pem") {
+		return "", fmt.Errorf("config.yaml trusts %v", got)
+	}
+	scripts := []any{}
+	var sums strings.Builder
+	for i, a := range addons {
+		path := filepath.Join(conf, fmt.Sprintf("addon-%d", i), filepath.Base(a.Path))
+		scripts = append(scripts, path)
+		code, err := os.ReadFile(path)
+		if err != nil {
+			return "", err
+		}
+		sums.WriteString(plan.SHA256(code) + "\n")
+		entries, err := os.ReadDir(filepath.Dir(path))
+		if err != nil {
+			return "", err
+		}
+		if len(entries) != 1 {
+			return "", fmt.Errorf("%s holds more than the addon", filepath.Dir(path))
+		}
+	}
+	if !reflect.DeepEqual(options["scripts"], any(scripts)) {
+		return "", fmt.Errorf("config.yaml runs %v", options["scripts"])
+	}
+	for _, name := range []string{"listen_host", "listen_port", "proxyauth", "upstream_auth", "ssl_verify_upstream_trusted_ca", "scripts"} {
+		delete(options, name)
+	}
+	fixed, err := json.Marshal(options)
+	if err != nil {
+		return "", err
+	}
+	return plan.SHA256(append(fixed, sums.String()...)), nil
+}
+
+// Planned is RunConfigSHA256 as it follows from a plan.
+func Planned(addons []plan.Addon) (string, error) {
+	fixed, err := json.Marshal(settings())
+	if err != nil {
+		return "", err
+	}
+	for _, a := range addons {
+		fixed = append(fixed, a.SHA256+"\n"...)
+	}
+	return plan.SHA256(fixed), nil
 }
 
 func cannotCreate(err error) error {

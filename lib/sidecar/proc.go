@@ -83,10 +83,19 @@ func environment(home string) []string {
 		"PYTHONSAFEPATH=1", "PYTHONNOUSERSITE=1", "PYTHONDONTWRITEBYTECODE=1", "PYTHONUNBUFFERED=1"}
 }
 
+// EnvNames are the variables that mitmdump may have.
+var EnvNames = []string{"PATH", "HOME", "LC_ALL", "PYTHONSAFEPATH", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"}
+
+// Argv is what a mitmdump is started with, whose way back is back.
+func Argv(program, dir, back string) []string {
+	// No word of Auth here: every user of the host can read arguments.
+	return []string{program, "--set", "confdir=" + filepath.Join(dir, "conf"), "--mode", "upstream:http://" + back}
+}
+
 func (p *Proc) launch() error {
 	home := filepath.Join(p.o.Dir, "home")
-	// No word of Auth here: every user of the host can read arguments.
-	p.cmd = exec.Command(p.o.Program, "--set", "confdir="+filepath.Join(p.o.Dir, "conf"), "--mode", "upstream:http://"+p.o.Back)
+	argv := Argv(p.o.Program, p.o.Dir, p.o.Back)
+	p.cmd = exec.Command(argv[0], argv[1:]...)
 	p.cmd.Env, p.cmd.Dir = environment(home), home
 	p.cmd.SysProcAttr = sysProcAttr()
 	r, w, err := os.Pipe()

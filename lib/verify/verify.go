@@ -24,6 +24,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/pipelock"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/policy"
+	"github.com/bottle-tools/bottle/lib/sidecar"
 	"github.com/bottle-tools/bottle/lib/state"
 )
 
@@ -161,8 +162,15 @@ func (b *Bottle) processes(f *drift.Findings) {
 	if b.VM.Runtime != "gvisor" {
 		listens = append(listens, "unix "+filepath.Join(b.Record.RunDir, "gate.sock"))
 	}
+	var gateListens []string
+	aside := b.aside()
+	if aside != nil {
+		// The keeper holds it so that no other takes it while a gate is replaced.
+		gateListens = []string{"tcp " + aside.Back}
+		listens = append(listens, gateListens...)
+	}
 	b.process(f, "keeper", keeper, tool("bottle-keeper"), []string{tool("bottle-keeper")}, b.KeeperEnv, listens)
-	b.process(f, "gate", b.PID("gate"), tool("bottle-egress"), []string{tool("bottle-egress"), "serve", "--keeper"}, gateproc.EnvNames, nil)
+	b.process(f, "gate", b.PID("gate"), tool("bottle-egress"), []string{tool("bottle-egress"), "serve", "--keeper"}, gateproc.EnvNames, gateListens)
 	own := append([]string{tool("bottle-keeper"), tool("bottle-egress")}, b.Own...)
 	known := []int{b.PID("gate")}
 	if b.VM.Proxy.Name == "pipelock" {
@@ -172,6 +180,7 @@ func (b *Bottle) processes(f *drift.Findings) {
 		own = append(own, path)
 		known = append(known, b.PID("proxy"))
 	}
+	b.sidecar(f, aside)
 	children, err := b.Proc.Children(keeper)
 	if err != nil {
 		f.Unknown("keeper: children", "gate, proxy and guest", err)
@@ -184,6 +193,74 @@ func (b *Bottle) processes(f *drift.Findings) {
 			f.Drift("keeper: children", "gate, proxy and guest", fmt.Sprintf("process %d, %s", pid, exe))
 		}
 	}
+}
+
+// aside is how the keeper has started mitmdump; nil for a plan without one, and
+// where the keeper does not tell.
+func (b *Bottle) aside() *control.Sidecar {
+	if b.Plan.Egress.Mitmdump == nil || b.Answer == nil || b.Answer.Report == nil {
+		return nil
+	}
+	return b.Answer.Report.Sidecar
+}
+
+// sidecar looks at mitmdump: its process, and the copies in its folder of what
+// it runs.
+func (b *Bottle) sidecar(f *drift.Findings, aside *control.Sidecar) {
+	m := b.Plan.Egress.Mitmdump
+	switch {
+	case m == nil:
+		f.Equal("sidecar", "none", cmp.Or(b.sidecarName(), "none"))
+		return
+	case aside == nil:
+		f.Unknown("sidecar", "as planned", errors.New("the keeper does not tell how it was started"))
+		return
+	}
+	f.Equal("sidecar", "up", b.Answer.Sidecar)
+	dir := filepath.Join(b.Dir, sidecar.Name)
+	want, err := sidecar.Planned(m.Addons)
+	if err != nil {
+		f.Unknown("sidecar: configuration", "that of the plan", err)
+		return
+	}
+	if b.VM.Sidecar == nil || b.VM.Sidecar.RunConfigSHA256 != want {
+		f.Drift("document: vm.sidecar", want, "another one")
+	}
+	if is, err := sidecar.Digest(dir, m.Addons, aside.Listen); err != nil {
+		f.Drift("sidecar: configuration "+dir, "what follows from the plan", err.Error())
+	} else {
+		f.Equal("sidecar: configuration "+dir, want, is)
+	}
+	for _, d := range []string{dir, filepath.Join(dir, "conf"), filepath.Join(dir, "home")} {
+		drift.CheckMode(f, d, 0o700, fs.ModeDir)
+	}
+	pid := b.PID(sidecar.Name)
+	if pid == 0 {
+		f.Drift("sidecar", "running", "not running")
+		return
+	}
+	// It may be a script: then its interpreter, with an argument at most, stands
+	// in front.
+	argv := sidecar.Argv(aside.Program, dir, aside.Back)
+	if got, err := b.Proc.Argv(pid); err != nil {
+		f.Unknown("sidecar: arguments", strings.Join(argv, " "), err)
+	} else if at := len(got) - len(argv); at < 0 || at > 2 || !slices.Equal(got[at:], argv) {
+		f.Drift("sidecar: arguments", strings.Join(argv, " "), strings.Join(got, " "))
+	}
+	if exe, replaced, err := b.Proc.Exe(pid); err != nil {
+		f.Unknown("sidecar: program", aside.Program, err)
+	} else if replaced {
+		f.Drift("sidecar: program", aside.Program, exe+", which was replaced or removed since")
+	}
+	drift.CheckEnv(f, b.Proc, "sidecar", pid, sidecar.EnvNames)
+	drift.CheckSockets(f, b.Proc, "sidecar", pid, []string{"tcp " + aside.Listen})
+}
+
+func (b *Bottle) sidecarName() string {
+	if b.VM.Sidecar == nil {
+		return ""
+	}
+	return b.VM.Sidecar.Name
 }
 
 // pipelock is the program that the keeper was given, or found.

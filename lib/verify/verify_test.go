@@ -138,3 +138,30 @@ func TestCheck(t *testing.T) {
 		}
 	}
 }
+
+// TestSidecar: a plan with addons is not as planned without a mitmdump, and one
+// that the plan does not have is seen.
+func TestSidecar(t *testing.T) {
+	x := fixture(t)
+	x.Plan.Egress.Mitmdump = &plan.Mitmdump{Addons: []plan.Addon{{Path: "a.py", SHA256: plan.SHA256(nil)}}}
+	f := &drift.Findings{Bottle: "t"}
+	x.sidecar(f, x.aside())
+	if len(f.List) != 1 || f.List[0].Kind != drift.Unknown {
+		t.Errorf("a keeper that does not tell: %+v", f.List)
+	}
+	x.Answer.Report.Sidecar = &control.Sidecar{Program: "/opt/mitmdump", Listen: "127.0.0.1:3", Back: "127.0.0.1:4"}
+	f = &drift.Findings{Bottle: "t"}
+	x.sidecar(f, x.aside())
+	for _, what := range []string{"sidecar", "document: vm.sidecar", "sidecar: configuration"} {
+		if !slices.ContainsFunc(f.List, func(g drift.Finding) bool { return g.Kind == drift.Drift && strings.HasPrefix(g.What, what) }) {
+			t.Errorf("nothing of %q in %+v", what, f.List)
+		}
+	}
+	x = fixture(t)
+	x.VM.Sidecar = &plan.SidecarRef{Name: "mitmdump"}
+	f = &drift.Findings{Bottle: "t"}
+	x.sidecar(f, x.aside())
+	if len(f.List) != 1 || f.List[0].Found != "mitmdump" {
+		t.Errorf("one that is not planned: %+v", f.List)
+	}
+}

@@ -88,7 +88,9 @@ func TestMitmdump(t *testing.T) {
 		if _, err := os.Stat(w.Dir + "/ran"); err == nil {
 			t.Error("a file beside the addon was run on the host")
 		}
+		verified(t, w, id)
 		diesAndComesBack(t, w, u, id)
+		verified(t, w, id)
 		logs := w.OK("bottle-vm logs " + id)
 		if !contains(logs, "mitmdump is back") || contains(logs, secretValue) {
 			t.Errorf("logs: %s", logs)
@@ -183,6 +185,34 @@ func doors(t *testing.T, w *harness.World, id string) {
 		}
 		if r := w.Sh("curl -sS -m 10 " + auth + " -x http://" + back + " http://keyed.test/a"); !contains(r.Out, "not_inspected") {
 			t.Errorf("a plain request, %q: %+v", auth, r)
+		}
+	}
+}
+
+// verified: a bottle with a sidecar is as planned, until its copy of an addon is
+// another one.
+func verified(t *testing.T, w *harness.World, id string) {
+	t.Helper()
+	if r := w.Sh("bottle-vm verify " + id); r.Code != 0 || r.Out+r.Stderr != "" {
+		t.Errorf("verify: %+v", r)
+	}
+	conf := w.State + "/bottle/bottles/" + id + "/mitmdump/conf/"
+	for name, what := range map[string]string{"addon-0/addon.py": "sidecar: configuration", "config.yaml": "sidecar: configuration", "addon-0/colorsys.py": "holds more"} {
+		before, err := os.ReadFile(conf + name)
+		after := string(before) + "\n#"
+		if name == "config.yaml" {
+			after = strings.Replace(after[:len(after)-2], `"ssl_insecure":false`, `"ssl_insecure":true`, 1)
+		}
+		if werr := os.WriteFile(conf+name, []byte(after), 0o600); werr != nil {
+			t.Fatal(werr)
+		}
+		if r := w.Sh("bottle-vm verify " + id); r.Code != 1 || !contains(r.Out, what) || strings.Count(r.Out, "\n") != 1 {
+			t.Errorf("%s was changed: %+v", name, r)
+		}
+		if err != nil {
+			os.Remove(conf + name)
+		} else if err := os.WriteFile(conf+name, before, 0o600); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

@@ -28,8 +28,8 @@ func (v *vm) verifyCommand() *tool.Command {
 		LongHelp: `
 Looks from outside at what runs: programs, arguments, variables and listeners of
 its processes, namespaces, seccomp, user ids, every mount, limits, the rules that
-the gate decides by, pipelock's configuration, modes, the document. Nothing is
-sent to the guest, and nothing is changed.
+the gate decides by, what pipelock and mitmdump were given, modes, the document.
+Nothing is sent to the guest, and nothing is changed.
 
 Prints each difference as one line of JSON: bottle, kind, what, expected, found.
 The kind is drift; live for a rule that bottle-egress allow or deny added; or
