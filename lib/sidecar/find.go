@@ -36,12 +36,12 @@ func Find(getenv func(string) string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", missing("mitmdump is not on PATH, and the plan wants its addons run")
+	return "", missing("mitmdump is not on PATH")
 }
 
 func missing(format string, args ...any) error {
 	return fault.New(fault.Unavailable, "no_mitmdump", format, args...).
-		WithHint(`install mitmproxy 9 or newer (pip install mitmproxy) and set BOTTLE_MITMDUMP, or take "mitmdump" out of the manifest`)
+		WithHint(`install mitmproxy 9 or newer (pip install mitmproxy) and set BOTTLE_MITMDUMP, or take egress.mitmdump out of the manifest`)
 }
 
 func executable(path string) bool {

@@ -1,9 +1,13 @@
 package tool
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -219,12 +223,44 @@ func (d *Duration) String() string { return time.Duration(*d).String() }
 
 func (d *Duration) Set(s string) error {
 	if n, ok := strings.CutSuffix(s, "d"); ok {
-		s = n + "h"
-		v, err := time.ParseDuration(s)
+		v, err := time.ParseDuration(n + "h")
+		if err != nil || v > math.MaxInt64/24 || v < math.MinInt64/24 {
+			return fmt.Errorf("%q is no number of days", s)
+		}
 		*d = Duration(24 * v)
-		return err
+		return nil
 	}
 	v, err := time.ParseDuration(s)
 	*d = Duration(v)
 	return err
+}
+
+// Filled is a flag value that is not empty. It is for flags that narrow what a
+// command does: an empty value, as of a variable that a script has not set, would
+// read as if that were not asked for.
+type Filled string
+
+func (f *Filled) String() string { return string(*f) }
+
+func (f *Filled) Set(s string) error {
+	if s == "" {
+		return errors.New("it is empty")
+	}
+	*f = Filled(s)
+	return nil
+}
+
+// Digest is a flag value as the tools print digests: sha256: and 64 hexadecimal
+// digits. It is not empty, for the reason that Filled has.
+type Digest string
+
+func (d *Digest) String() string { return string(*d) }
+
+func (d *Digest) Set(s string) error {
+	h, ok := strings.CutPrefix(s, "sha256:")
+	if raw, err := hex.DecodeString(h); !ok || err != nil || len(raw) != sha256.Size || strings.ToLower(h) != h {
+		return errors.New("a digest is sha256: and 64 digits of 0-9 and a-f")
+	}
+	*d = Digest(s)
+	return nil
 }

@@ -95,6 +95,7 @@ func TestFlags(t *testing.T) {
 		{"an act is no ambient flag", map[string]string{"BOTTLE_APPLY": "true"}, []string{"verb"}, 0, `["",false,null,"0s",[]]`},
 		{"bad value in the environment", map[string]string{"BOTTLE_MIN_AGE": "x"}, []string{"verb"}, 64, "BOTTLE_MIN_AGE"},
 		{"days", nil, []string{"verb", "--min-age", "2d"}, 0, `["",false,null,"48h0m0s",[]]`},
+		{"more days than there are", nil, []string{"verb", "--min-age", "999999d"}, 64, `"999999d" is no number of days`},
 		{"flag behind an argument", nil, []string{"verb", "a", "--apply"}, 64, "flags come first: --apply a"},
 		{"unknown flag", nil, []string{"verb", "--nope"}, 64, "no such flag: --nope; see tool verb --help"},
 		{"flag before the verb", nil, []string{"--pretty", "verb"}, 64, "--pretty stands before the verb verb; flags come behind it; see tool verb --help"},
@@ -202,5 +203,23 @@ func TestNoCore(t *testing.T) {
 	out, err := exec.Command("/bin/sh", "-c", "ulimit -c; ulimit -H -c").Output()
 	if err != nil || string(out) != "0\n0\n" {
 		t.Errorf("a process that was started has core limits %q, %v", out, err)
+	}
+}
+
+// What narrows a command is not taken away by an empty value.
+func TestFlagsThatCheck(t *testing.T) {
+	digest := "sha256:" + strings.Repeat("0a", 32)
+	for _, bad := range []string{"", "null", "sha256:", digest + "0", digest[:len(digest)-2], strings.ToUpper(digest), digest[len("sha256:"):]} {
+		if d := Digest("before"); d.Set(bad) == nil || d != "before" {
+			t.Errorf("digest %q: %q", bad, d)
+		}
+	}
+	var d Digest
+	if err := d.Set(digest); err != nil || d.String() != digest {
+		t.Error(d, err)
+	}
+	var f Filled
+	if f.Set("") == nil || f.Set("x") != nil || f.String() != "x" {
+		t.Error(f)
 	}
 }

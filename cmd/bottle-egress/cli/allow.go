@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"flag"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -23,8 +24,24 @@ const askLimit = 30 * time.Second
 
 // liveFlags say which bottle and what about; what is named is in the arguments.
 type liveFlags struct {
-	bottle, protocol, addresses, why string
-	lasts                            time.Duration
+	bottle, protocol, why string
+	addresses             tool.Filled
+	lasts                 lifetime
+}
+
+// lifetime is how long a rule holds; not given, 0, it is until the bottle ends.
+// So no time that is given may come out as 0: what was to be short would be for
+// good.
+type lifetime struct{ tool.Duration }
+
+func (l *lifetime) Set(s string) error {
+	if err := l.Duration.Set(s); err != nil {
+		return err
+	}
+	if d := time.Duration(l.Duration); d <= 0 || d > live.MaxFor {
+		return fmt.Errorf("a rule holds for a time above 0 and up to %dh, or without --for until the bottle ends", live.MaxFor/time.Hour)
+	}
+	return nil
 }
 
 func (f *liveFlags) common(fs *flag.FlagSet) {
@@ -33,7 +50,7 @@ func (f *liveFlags) common(fs *flag.FlagSet) {
 
 func (f *liveFlags) timed(fs *flag.FlagSet) {
 	f.common(fs)
-	fs.DurationVar(&f.lasts, "for", 0, "for this `DURATION`, such as 90s or 1h (default until the bottle ends)")
+	fs.Var(&f.lasts, "for", "for this `DURATION`, as 90s, 1h or 2d (default until the bottle ends)")
 	fs.StringVar(&f.why, "why", "", "a `REASON` for the audit log")
 }
 
@@ -41,8 +58,8 @@ func allowCommand(p *tool.Proc) *tool.Command {
 	fs := p.Flags("bottle-egress allow")
 	var f liveFlags
 	f.timed(fs)
-	fs.StringVar(&f.protocol, "protocol", "tls", "what the host speaks: `tls`, http, ssh or tcp")
-	fs.StringVar(&f.addresses, "addresses", "", "reach the host at these `IPS`, separated by commas, and nowhere else; private ones are reached only so")
+	fs.StringVar(&f.protocol, "protocol", "tls", "the `PROTOCOL` that the host speaks: tls, http, ssh or tcp")
+	fs.Var(&f.addresses, "addresses", "reach the host at these `IPS`, separated by commas, and nowhere else; private ones are reached only so")
 	return &tool.Command{
 		Name:       "allow",
 		ShortUsage: "bottle-egress allow --bottle ID [--for D] [flags] HOST[:PORT]...",
@@ -55,6 +72,10 @@ denies stays denied, and what it allows stays as it is; either is said, with
 status 1. A host that is opened so is never inspected and gets no secret: TLS to
 it is end to end. Prints one line of JSON; rules lists what was added, and revert
 takes it back. The plan document does not change.
+
+In the guest a name that is opened so resolves at once, for programs that know
+nothing of proxies too. An address or a range is reached through the proxy
+variables only: what leads there without them is laid out when a bottle starts.
 
   bottle-egress allow --bottle claude --for 1h docs.example.org
   bottle-egress allow --bottle claude --protocol ssh git.example.net
@@ -97,11 +118,7 @@ func changeRules(ctx context.Context, p *tool.Proc, f *liveFlags, verdict string
 	if len(args) == 0 {
 		return fault.New(fault.Usage, "usage", "which host?").WithHint("bottle-egress %s --bottle ID HOST", verdict)
 	}
-	if f.lasts < 0 || f.lasts > live.MaxFor {
-		return fault.New(fault.Usage, "usage", "--for %s: a rule holds for a time up to %s", f.lasts, live.MaxFor).
-			WithHint("leave --for out to have it hold until the bottle ends")
-	}
-	c := control.Change{For: f.lasts}
+	c := control.Change{For: time.Duration(f.lasts.Duration)}
 	for _, arg := range args {
 		r, err := f.rule(verdict, arg)
 		if err != nil {
@@ -155,7 +172,7 @@ func (f *liveFlags) pins(arg string, e policy.Entry) ([]string, error) {
 		return nil, fault.New(fault.Usage, "usage", "%s: addresses pin a name, and this is none", arg).WithHint("leave --addresses out")
 	}
 	var ips []netip.Addr
-	for _, s := range strings.Split(f.addresses, ",") {
+	for _, s := range strings.Split(string(f.addresses), ",") {
 		ip, err := policy.NormalizeAddress(s)
 		if err != nil {
 			return nil, err

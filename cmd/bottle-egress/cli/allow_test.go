@@ -3,6 +3,7 @@ package cli
 import (
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -71,6 +72,26 @@ func TestLiveRuleOf(t *testing.T) {
 		compiled.From = "x"
 		if _, err := policy.Compile([]plan.Rule{compiled}); err != nil {
 			t.Errorf("%s %s: the gate takes it not: %v", tt.verdict, tt.arg, err)
+		}
+	}
+}
+
+// An hour that comes out as nothing is not for ever, and addresses that come out
+// as nothing are not every address.
+func TestLiveFlags(t *testing.T) {
+	for _, bad := range [][]string{
+		{"--for", "0s"}, {"--for", "0"}, {"--for", ""}, {"--for", "-1h"}, {"--for", "1"}, {"--for", "400d"}, {"--for", "106751d"},
+		{"--addresses", ""},
+	} {
+		args := append(append([]string{"allow", "--bottle", "dev"}, bad...), "a.example")
+		if status, out, errs := run("", args...); status != fault.Usage || out != "" || !strings.Contains(errs, "for flag "+bad[0]) {
+			t.Errorf("%q: %d %q %s", bad, status, out, errs)
+		}
+	}
+	var l lifetime
+	for _, good := range []string{"1ns", "90s", "2d", "366d"} {
+		if err := l.Set(good); err != nil || l.Duration <= 0 {
+			t.Errorf("%s: %v", good, err)
 		}
 	}
 }

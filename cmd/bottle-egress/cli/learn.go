@@ -2,10 +2,12 @@ package cli
 
 import (
 	"context"
+	"os"
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/replay"
+	"github.com/bottle-tools/bottle/lib/state"
 	"github.com/bottle-tools/bottle/lib/tool"
 )
 
@@ -23,20 +25,21 @@ func learnCommand(p *tool.Proc) *tool.Command {
        bottle-plan … | bottle-egress learn --unused [-o FILE] AUDIT…`,
 		ShortHelp: "propose the smallest allowlist that would have served an audit log",
 		LongHelp: `
-Reads audit logs, each with the files that were rotated out of it, or one from
-stdin (-), and prints a patch for the manifest: a JSON Merge Patch (RFC 7396)
-that replaces egress.allow of the bottle by what was asked for, allowed or
-denied: exact hosts, with the ports and protocols that were used, and in "why"
-how often. It is read before it is applied: what an agent asks for is not what
-it should have.
+Reads audit logs, each with the files that were rotated out of it, and prints a
+patch for the manifest: a JSON Merge Patch (RFC 7396) that replaces egress.allow
+of the bottle by what was asked for, allowed or denied: exact hosts, with the
+ports and protocols that were used, and in "why" how often. It is read before it
+is applied: what an agent asks for is not what it should have.
+
+AUDIT is a file, a bottle, also one that is gone, or - for stdin.
 
 On stderr it says what is not proposed: metadata addresses, odd spellings of
 addresses, hosts that an entry of deny is about, what was refused for another
 reason than host and port, and what a preset opens.
 
-  bottle-egress learn --name dev audit.jsonl >patch.json
+  bottle-egress learn claude >patch.json
   jq -s '.[0] * .[1]' bottle.json patch.json >new.json && bottle-plan check -m new.json
-  bottle-plan claude | bottle-egress learn --unused audit.jsonl`,
+  bottle-plan claude | bottle-egress learn --unused claude`,
 		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
 			if err := tool.CheckArgs(args); err != nil {
@@ -75,14 +78,17 @@ reason than host and port, and what a preset opens.
 func readLogs(p *tool.Proc, args []string, stdinTaken bool) (*replay.Log, error) {
 	if len(args) == 0 {
 		return nil, fault.New(fault.Usage, "usage", "no audit log is named").
-			WithHint("they lie in ~/.local/state/bottle/audit; bottle-vm status tells which one is a bottle's")
+			WithHint("name a bottle, also one that is gone, or a file; bottle-vm ls shows the ids")
 	}
 	l := &replay.Log{}
 	for _, a := range args {
 		var err error
 		switch {
 		case a != "-":
-			err = l.Read(a)
+			var path string
+			if path, err = auditOf(p, a); err == nil {
+				err = l.Read(path)
+			}
 		case stdinTaken:
 			err = fault.New(fault.Usage, "usage", "the audit log and the plan cannot both be stdin").WithHint("name the log's file")
 		case tool.IsTerminal(p.Stdin):
@@ -99,6 +105,21 @@ func readLogs(p *tool.Proc, args []string, stdinTaken bool) (*replay.Log, error)
 		p.Warn("%s: the last line has no end and is left out: the gate is writing it, or was killed at it", name)
 	}
 	return l, nil
+}
+
+// auditOf gives the file that an argument names: itself, or the log of a bottle
+// as lib/state finds it.
+func auditOf(p *tool.Proc, arg string) (string, error) {
+	_, vm := plan.SplitVMID(arg)
+	if fi, err := os.Stat(arg); err == nil && !fi.IsDir() || !vm && plan.CheckID(arg) != nil {
+		return arg, nil
+	}
+	root, err := state.Open(p.Getenv)
+	if err != nil {
+		return "", err
+	}
+	id, err := root.FindAudit(arg)
+	return root.Audit(id), err
 }
 
 func onePlan(ctx context.Context, p *tool.Proc) (*plan.Bottle, error) {

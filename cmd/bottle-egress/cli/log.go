@@ -3,12 +3,14 @@ package cli
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/audit"
@@ -23,15 +25,16 @@ const pollLog = 200 * time.Millisecond
 
 type logFlags struct {
 	follow, verify, pretty bool
-	pin                    string
+	pin                    tool.Digest
 }
 
 func logCommand(p *tool.Proc) *tool.Command {
 	fs := p.Flags("bottle-egress log")
 	var f logFlags
 	fs.BoolVar(&f.follow, "follow", false, "go on as lines are added, until the bottle is gone")
+	fs.BoolVar(&f.follow, "f", false, "the same as --follow")
 	fs.BoolVar(&f.verify, "verify", false, "hold the log against its chain instead, and print what was found")
-	fs.StringVar(&f.pin, "pin", "", "with --verify: the `DIGEST` of a line that has to be there still (head.sha256 of an earlier --verify)")
+	fs.Var(&f.pin, "pin", "with --verify: the `DIGEST` of a line that has to be there still (head.sha256 of an earlier --verify)")
 	fs.BoolVar(&f.pretty, "pretty", false, "a table, for people")
 	return &tool.Command{
 		Name:       "log",
@@ -122,7 +125,7 @@ func documentID(ctx context.Context, p *tool.Proc) (string, error) {
 }
 
 func verifyLog(p *tool.Proc, f logFlags, path string) error {
-	r, err := audit.Verify(path, f.pin)
+	r, err := audit.Verify(path, string(f.pin))
 	if err != nil {
 		return err
 	}
@@ -155,6 +158,9 @@ func verifyLog(p *tool.Proc, f logFlags, path string) error {
 func written(err error) error {
 	if err == nil {
 		return nil
+	}
+	if errors.Is(err, syscall.EPIPE) { // head and pagers have seen enough
+		return tool.Exit(fault.IO)
 	}
 	return fault.New(fault.IO, "write_failed", "writing stdout: %w", err)
 }

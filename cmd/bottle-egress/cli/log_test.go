@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -75,11 +76,56 @@ func TestLog(t *testing.T) {
 		{[]string{"log", "./nothing"}, fault.NoInput, "audit log"},
 		{[]string{"log", "a", "b"}, fault.Usage, "one bottle or file"},
 		{[]string{"log", "--verify", "--follow", "dev"}, fault.Usage, "together"},
-		{[]string{"log", "--pin", "x", "dev"}, fault.Usage, "add --verify"},
+		{[]string{"log", "--pin", "sha256:" + strings.Repeat("0a", 32), "dev"}, fault.Usage, "add --verify"},
+		{[]string{"log", "--verify", "--pin", "", "dev"}, fault.Usage, "a digest is sha256:"},
+		{[]string{"log", "--verify", "--pin", "null", "dev"}, fault.Usage, "a digest is sha256:"},
 		{[]string{"log", "dev", "--verify"}, fault.Usage, "--verify"},
 	} {
 		if status, out, errs := runIn(t, env, "", c.args...); status != c.exit || out != "" || !strings.Contains(errs, strings.TrimPrefix(c.want, "no_audit_log")) {
 			t.Errorf("%q: %d %q %s", c.args, status, out, errs)
+		}
+	}
+}
+
+// learn and replay find the log of a bottle by its name, as log does.
+func TestLogsByName(t *testing.T) {
+	home := t.TempDir()
+	env := map[string]string{"HOME": home, "XDG_STATE_HOME": filepath.Join(home, "state"), "XDG_RUNTIME_DIR": home}
+	path := filepath.Join(home, "state/bottle/audit", "dev-01234567.jsonl")
+	logOf(t, path, audit.Options{}).Close()
+	doc := string(must(plan.New(bottle(allow("api.example.com", 443, "tls")))).Line()) + "\n"
+	for _, args := range [][]string{{"learn", "--name", "x"}, {"replay"}} {
+		status, byPath, errs := runIn(t, env, doc, append(args, path)...)
+		if status > fault.No || byPath == "" {
+			t.Fatalf("%q: %d %q %s", args, status, byPath, errs)
+		}
+		want := status
+		for _, name := range []string{"dev", "dev-01234567"} {
+			if status, out, errs := runIn(t, env, doc, append(args, name)...); status != want || out != byPath {
+				t.Errorf("%q %s: %d %q %s", args, name, status, out, errs)
+			}
+		}
+		if status, out, errs := runIn(t, env, doc, append(args, "nobody")...); status != fault.NoInput || out != "" ||
+			!strings.Contains(errs, `no bottle "nobody", and no audit log of one`) || strings.Count(errs, "\n") != 1 {
+			t.Errorf("%q: %d %q %s", args, status, out, errs)
+		}
+	}
+}
+
+type gone struct{}
+
+func (gone) Write([]byte) (int, error) { return 0, syscall.EPIPE }
+
+// A reader that has seen enough, such as head, is told nothing.
+func TestLogReaderGone(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	logOf(t, path, audit.Options{}).Close()
+	for _, args := range [][]string{{"log", path}, {"log", "--pretty", path}} {
+		var errs bytes.Buffer
+		status := Run(t.Context(), &tool.Proc{Name: "bottle-egress", Args: args, Stdin: strings.NewReader(""), Stdout: gone{}, Stderr: &errs,
+			Getenv: func(string) string { return "" }, Now: time.Now})
+		if status != fault.IO || errs.Len() != 0 {
+			t.Errorf("%q: %d %s", args, status, &errs)
 		}
 	}
 }

@@ -21,11 +21,11 @@ Puts the decisions of audit logs, each with the files that were rotated out of
 it, to the policy of the document on stdin. Each one that comes out otherwise is
 a line of JSON: host and port, what it was and what it would be now (allow, deny,
 or unknown where the log does not tell), the rule, and how often. The last line
-counts.
+counts. AUDIT is a file, or a bottle, also one that is gone.
 
 Exits with 0 if nothing changes, and with 1 if something does.
 
-  bottle-plan -m new.json claude | bottle-egress replay audit.jsonl`,
+  bottle-plan -m new.json claude | bottle-egress replay claude`,
 		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
 			if err := tool.CheckArgs(args); err != nil {

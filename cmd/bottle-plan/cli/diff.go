@@ -74,7 +74,8 @@ func diffFiles(p *tool.Proc, fileA, fileB, agent string, pretty bool) error {
 		is := func(x *plan.Bottle) bool { return x.Agent != agent }
 		a, b = slices.DeleteFunc(a, is), slices.DeleteFunc(b, is)
 		if len(a)+len(b) == 0 {
-			return fault.New(fault.Usage, "unknown_agent", "neither %s nor %s has an agent %q", fileA, fileB, agent)
+			return fault.New(fault.Usage, "unknown_agent", "neither %s nor %s has an agent %q", fileA, fileB, agent).
+				WithHint("bottle-plan check names those of a manifest")
 		}
 	}
 	found, err := diffPlans(a, b)
@@ -95,6 +96,9 @@ func diffFiles(p *tool.Proc, fileA, fileB, agent string, pretty bool) error {
 // as they are.
 func plansOf(p *tool.Proc, file string) ([]*plan.Bottle, error) {
 	data, err := manifestBytes(p, file, plan.MaxBytes)
+	if e := fault.As(err); e != nil && e.Code == "no_manifest" {
+		return nil, e.WithHint("A and B are manifests or documents: bottle-plan diff OLD NEW")
+	}
 	if err != nil {
 		return nil, err
 	}

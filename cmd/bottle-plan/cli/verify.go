@@ -14,11 +14,12 @@ import (
 func verifyCommand(p *tool.Proc) *tool.Command {
 	fs := p.Flags("bottle-plan verify")
 	out := p.OutputFlags(fs)
-	var signers, revoked, dir string
-	fs.StringVar(&signers, "f", "", "whose signatures count: a `FILE` as in ssh-keygen(1), ALLOWED SIGNERS")
-	fs.StringVar(&revoked, "revoked", "", "keys that do not count any more: a `FILE` with a KRL, or public keys")
+	var signers, revoked tool.Filled
+	var dir string
+	fs.Var(&signers, "f", "whose signatures count: a `FILE` as in ssh-keygen(1), ALLOWED SIGNERS")
+	fs.Var(&revoked, "revoked", "keys that do not count any more: a `FILE` with a KRL, or public keys")
 	fs.StringVar(&dir, "dir", "", "the manifest's `FOLDER`; the working folder if not given")
-	p.Ambient(fs, "dir")
+	p.Ambient(fs, "dir", "revoked")
 	return &tool.Command{
 		Name:       "verify",
 		ShortUsage: "bottle-plan AGENT | bottle-plan verify -f ALLOWED_SIGNERS [--revoked FILE] [--dir FOLDER]",
@@ -47,7 +48,7 @@ with 77. FILE has to lie where no bottle and no checkout comes.
 				if err != nil {
 					return err
 				}
-				who, err := sign.Check(ctx, d, b, trust.Place{Base: base, Home: p.Getenv("HOME")}, signers, revoked)
+				who, err := sign.Check(ctx, d, b, trust.Place{Base: base, Home: p.Getenv("HOME")}, string(signers), string(revoked))
 				for _, w := range who {
 					fmt.Fprintf(p.Stderr, "%s: %s is signed by %s with %s\n", p.Name, b.ID, w.Name, w.Key)
 				}

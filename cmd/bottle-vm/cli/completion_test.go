@@ -49,7 +49,7 @@ func TestCompletion(t *testing.T) {
 		"bottle-vm exec -":             "--agent -e -i -t --timeout -w",
 		"bottle-vm exec --timeout 5 -": "--agent -e -i -t --timeout -w",
 		"bottle-vm exec x -- --t":      "",
-		"bottle-vm logs -":             "--audit -f",
+		"bottle-vm logs -":             "--audit -f --follow",
 	} {
 		words := strings.Split(line, " ")
 		cmd := exec.Command(bash, append([]string{"-c",

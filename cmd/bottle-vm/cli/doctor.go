@@ -10,6 +10,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/engines"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/pipelock"
+	"github.com/bottle-tools/bottle/lib/sidecar"
 	"github.com/bottle-tools/bottle/lib/smolvm"
 	"github.com/bottle-tools/bottle/lib/smolvm/wheel"
 	"github.com/bottle-tools/bottle/lib/tool"
@@ -111,6 +112,7 @@ func (v *vm) doctor(ctx context.Context, limit time.Duration) error {
 		{"engine gvisor", false, checkEngine("gvisor")},
 		{"engine smolvm", false, checkEngine("smolvm")},
 		{"proxy pipelock", false, v.checkPipelock},
+		{"sidecar mitmdump", false, v.checkMitmdump},
 		{"git", false, worktree.GitVersion},
 	} {
 		if err := run(c.name, c.required, c.check); err != nil {
@@ -168,4 +170,14 @@ func (v *vm) checkPipelock(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return prog.Path + " " + prog.Version, nil
+}
+
+// checkMitmdump does not start it, which takes seconds: up sees whether it does
+// what is needed.
+func (v *vm) checkMitmdump(context.Context) (string, error) {
+	path, err := sidecar.Find(v.p.Getenv)
+	if e := fault.As(err); e != nil {
+		return "", e.WithHint("only egress.mitmdump needs it: install mitmproxy 9 or newer (pip install mitmproxy), or set BOTTLE_MITMDUMP")
+	}
+	return path, nil
 }

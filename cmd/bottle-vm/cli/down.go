@@ -259,7 +259,7 @@ func denied(path string) []denial {
 		}
 		e := &l.Event
 		byClient := e.Code == "guest_rejects_ca" || e.Code == "guest_needs_http2"
-		if e.Verdict != audit.Deny && !byClient {
+		if e.Verdict != audit.Deny && !byClient || e.Event == audit.KindChange { // that one the owner asked for
 			continue
 		}
 		target := e.Host

@@ -26,6 +26,7 @@ func TestDeniedSummary(t *testing.T) {
 		{Event: audit.KindConnect, Verdict: audit.Deny, Code: "not_in_allowlist", Host: "evil.test", Port: 443, Reason: "evil.test is not in the allowlist"},
 		{Event: audit.KindConnect, Verdict: audit.Deny, Code: "not_in_allowlist", Host: "evil.test", Port: 443, Reason: "evil.test is not in the allowlist"},
 		{Event: audit.KindConnect, Verdict: audit.Allow, Host: "api.test", Port: 443},
+		{Event: audit.KindChange, Verdict: audit.Deny, Code: "rule_added", Host: "changed.test"},
 		{Event: audit.KindClose, Code: "guest_rejects_ca", Host: "api.test", Port: 443, Reason: "the client does not take it"},
 		request("DELETE", "/repos/x"), request("DELETE", "/repos/x"), request("GET", "/a%2fb"), request("GET", "/\x1b[31m"),
 	}

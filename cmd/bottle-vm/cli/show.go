@@ -2,9 +2,11 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -165,16 +167,18 @@ and state_dir. Without an ID, stdin is the bottle's document.
 func (v *vm) logsCommand() *tool.Command {
 	var follow, auditLog bool
 	fs := v.p.Flags("bottle-vm logs")
-	fs.BoolVar(&follow, "f", false, "go on as lines are added, until the bottle is gone")
+	fs.BoolVar(&follow, "f", false, "the same as --follow")
+	fs.BoolVar(&follow, "follow", false, "go on as lines are added, until the bottle is gone")
 	fs.BoolVar(&auditLog, "audit", false, "the gate's decisions (JSON lines) instead of the logs")
 	return &tool.Command{
 		Name:       "logs",
-		ShortUsage: "bottle-vm logs [-f] [--audit] ID",
+		ShortUsage: "bottle-vm logs [--follow] [--audit] ID",
 		ShortHelp:  "what keeper, gate and engine wrote, or what the gate decided",
 		LongHelp: `
-The audit log outlives its bottle: bottle-vm status says where it lies.
+The audit log outlives its bottle: bottle-egress log shows that of one that is
+gone, too.
 
-  bottle-vm logs -f claude
+  bottle-vm logs --follow claude
   bottle-vm logs --audit claude | jq 'select(.verdict=="deny")'`,
 		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
@@ -211,7 +215,7 @@ func (v *vm) tail(ctx context.Context, b *state.Bottle, paths []string, follow b
 		_, gone := os.Lstat(b.Dir)
 		for _, f := range files {
 			if _, err := io.Copy(v.p.Stdout, f); err != nil {
-				return fault.New(fault.IO, "write_failed", "copying the log: %w", err)
+				return copied(err)
 			}
 		}
 		if !follow || gone != nil {
@@ -223,6 +227,13 @@ func (v *vm) tail(ctx context.Context, b *state.Bottle, paths []string, follow b
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
+}
+
+func copied(err error) error {
+	if errors.Is(err, syscall.EPIPE) { // head and pagers have seen enough
+		return tool.Exit(fault.IO)
+	}
+	return fault.New(fault.IO, "write_failed", "copying the log: %w", err)
 }
 
 // decisions copies the audit log, over all its files.
@@ -243,7 +254,7 @@ func (v *vm) decisions(ctx context.Context, b *state.Bottle, follow bool) error 
 				return err
 			}
 			if _, err := v.p.Stdout.Write(append(l.Raw, '\n')); err != nil {
-				return fault.New(fault.IO, "write_failed", "copying the log: %w", err)
+				return copied(err)
 			}
 		}
 		if !follow || gone != nil {

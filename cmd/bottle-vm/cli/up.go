@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -30,25 +29,11 @@ import (
 
 type upFlags struct {
 	dir, name, cache string
-	signers, revoked filename
+	signers, revoked tool.Filled
 	expect           tool.List
 	owner            int
 	printID          bool
 	audit            audit.Bounds
-}
-
-// filename is a flag that names a file: an empty value would read as if what it
-// asks for were not asked for.
-type filename string
-
-func (f *filename) String() string { return string(*f) }
-
-func (f *filename) Set(s string) error {
-	if s == "" {
-		return errors.New("names no file")
-	}
-	*f = filename(s)
-	return nil
 }
 
 func (v *vm) upCommand() *tool.Command {
