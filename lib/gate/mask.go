@@ -10,8 +10,8 @@ import (
 	"strings"
 )
 
-// finder looks for values in what passes by: as they are, in hex, in base64 at
-// any offset (a key that was encoded together with what stands before it), and
+// finder looks for values in what passes by: as they are, in capital or small
+// letters, in UTF-16, in hex, in base64 at any offset (a key that was encoded together with what stands before it), and
 // any of these with single bytes escaped as URLs, JSON and HTML do it, or twice
 // that.
 //
@@ -47,6 +47,13 @@ func newFinder(values []string) *finder {
 		f.patterns = append(f.patterns, []byte(v))
 		if strings.Contains(v, " ") {
 			f.patterns = append(f.patterns, []byte(strings.ReplaceAll(v, " ", "+")))
+		}
+		if len(v) >= minDecoded {
+			// In other letters, which say as much of a key in hexadecimal and the
+			// like, and in UTF-16 of either order.
+			for _, p := range []string{strings.ToLower(v), strings.ToUpper(v), strings.Join(strings.Split(v, ""), "\x00")} {
+				f.patterns = append(f.patterns, []byte(p))
+			}
 		}
 		for _, p := range encoded(v) {
 			if len(p) >= minEncoded {

@@ -18,10 +18,12 @@ var writings = map[string]struct {
 	write func(string) string
 	read  func(string) string
 }{
-	"as it is": {func(s string) string { return s }, func(s string) string { return s }},
-	"hex":      {func(s string) string { return hex.EncodeToString([]byte(s)) }, unhex},
-	"HEX":      {func(s string) string { return strings.ToUpper(hex.EncodeToString([]byte(s))) }, unhex},
-	"base64":   {func(s string) string { return base64.StdEncoding.EncodeToString([]byte(s)) }, unbase64},
+	"as it is":       {func(s string) string { return s }, func(s string) string { return s }},
+	"UTF-16, little": {func(s string) string { return each("%c\x00")(s)[:2*len(s)-1] }, unwide},
+	"UTF-16, big":    {func(s string) string { return each("\x00%c")(s)[1:] }, unwide},
+	"hex":            {func(s string) string { return hex.EncodeToString([]byte(s)) }, unhex},
+	"HEX":            {func(s string) string { return strings.ToUpper(hex.EncodeToString([]byte(s))) }, unhex},
+	"base64":         {func(s string) string { return base64.StdEncoding.EncodeToString([]byte(s)) }, unbase64},
 	"base64 of user and password": {
 		func(s string) string { return base64.StdEncoding.EncodeToString([]byte("user:" + s + "@")) }, unbase64},
 	"base64 one further": {
@@ -63,6 +65,7 @@ func each(format string) func(string) string {
 	}
 }
 
+func unwide(s string) string  { return strings.ReplaceAll(s, "\x00", "") }
 func unhex(s string) string   { b, _ := hex.DecodeString(s); return string(b) }
 func unpath(s string) string  { u, _ := url.PathUnescape(s); return u }
 func unquery(s string) string { u, _ := url.QueryUnescape(s); return u }
@@ -105,6 +108,20 @@ func TestMaskWritings(t *testing.T) {
 					t.Errorf("%s of %q by %d: %q of %q is left", name, value, step, left, written)
 					break
 				}
+			}
+		}
+	}
+}
+
+// TestMaskOtherLetters: a server that changes the letters of a key does not give
+// it away.
+func TestMaskOtherLetters(t *testing.T) {
+	for _, value := range []string{"0123456789abcdef", "0123456789ABCDEF", "AbCdEf0123"} {
+		s := scan{finder: newFinder([]string{value})}
+		for _, change := range []func(string) string{strings.ToLower, strings.ToUpper} {
+			b := []byte("no key " + change(value) + ".")
+			if !s.mask(b) || string(b) != "no key "+strings.Repeat("*", len(value))+"." {
+				t.Errorf("%s: %s", value, b)
 			}
 		}
 	}
