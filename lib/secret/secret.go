@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -40,6 +41,9 @@ type Options struct {
 	// Environ is what commands get; nil is the environment of this process.
 	Environ []string
 	Warn    func(format string, args ...any) // may be nil
+	// Scripts are files that commands name, in the bytes that were trusted: copies
+	// of them are run. One that is nil was not there.
+	Scripts trust.Scripts
 	// TimeLimit bounds each command; 0 is the constant.
 	TimeLimit time.Duration
 }
@@ -194,10 +198,17 @@ func (o Options) open(path string) (*os.File, error) {
 // command runs the argument list, without a shell. It runs in the user's home:
 // the manifest's folder is usually the workspace, and many programs (python,
 // make, git) take code from the folder they stand in, which the guest can
-// write. Arguments that are paths (./x, ../x, ~/x) start from where the
+// write. Scripts of that folder are run as copies, by themselves. Arguments that are paths (./x, ../x, ~/x) start from where the
 // manifest says.
 func (o Options) command(ctx context.Context, s plan.Secret) (string, error) {
 	argv, err := trust.Place{Base: o.Base, Home: o.Home}.Command(s.Command)
+	if err != nil {
+		return "", err
+	}
+	dir, err := o.copies(argv)
+	if dir != "" {
+		defer os.RemoveAll(dir)
+	}
 	if err != nil {
 		return "", err
 	}
@@ -232,6 +243,38 @@ func (o Options) command(ctx context.Context, s plan.Secret) (string, error) {
 		return "", bad(s.Name, "%s printed more than %d KiB", s.Command[0], MaxBytes>>10)
 	}
 	return strings.TrimSpace(stdout.buf.String()), nil
+}
+
+// copies puts copies of scripts, each in a folder in which nothing else is, in
+// their places in argv, and gives the folder to remove.
+func (o Options) copies(argv []string) (dir string, err error) {
+	for i, abs := range argv {
+		content, ok := o.Scripts[abs]
+		if !ok {
+			continue
+		}
+		if content == nil {
+			return dir, absent("%s was not found", abs)
+		}
+		if dir == "" {
+			if dir, err = os.MkdirTemp("", "bottle-secret-"); err != nil {
+				return "", cannotCopy(err)
+			}
+		}
+		own := filepath.Join(dir, strconv.Itoa(i))
+		if err := os.Mkdir(own, 0o700); err != nil {
+			return dir, cannotCopy(err)
+		}
+		argv[i] = filepath.Join(own, filepath.Base(abs))
+		if err := os.WriteFile(argv[i], content, 0o500); err != nil {
+			return dir, cannotCopy(err)
+		}
+	}
+	return dir, nil
+}
+
+func cannotCopy(err error) error {
+	return fault.New(fault.CantCreate, "cannot_create", "a copy of what a secret's command runs: %w", err)
 }
 
 // failure is one line about a command that failed; what it said on stderr is

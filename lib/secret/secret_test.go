@@ -3,8 +3,10 @@ package secret
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/trust"
 )
 
 const value = "s3cr3t-value-0123456789"
@@ -162,5 +165,56 @@ func TestReadableFileWarns(t *testing.T) {
 	o.Warn = func(format string, args ...any) { warned += format }
 	if got, _, err := one(plan.Secret{From: "file:key"}, o); got != value || err != nil || !strings.Contains(warned, "every user of this machine") {
 		t.Fatalf("%q, %v, warned %q", got, err, warned)
+	}
+}
+
+// TestExchangedScript: a guest in the same folder exchanges a script once the
+// user's word about it was looked up. What was read then is what runs.
+func TestExchangedScript(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir())
+	o, write := place(t)
+	ran := filepath.Join(o.Home, "ran")
+	script := write("project/print", "#!/bin/sh\necho "+value+"\n", 0o700)
+	write("home/own", "#!/bin/sh\ncat \"$(dirname \"$0\")\"/beside\n", 0o700)
+	write("home/beside", "beside-value-0123456789", 0o600)
+	evil := "#!/bin/sh\ntouch " + ran + "\necho evil\n"
+	b := &plan.Bottle{Workspace: plan.Workspace{Path: "."}}
+	for _, argv := range [][]string{{"./print"}, {"sh", "./print"}, {script}, {"sh", "./late"}, {"./late"}, {"~/own"}} {
+		b.Secrets = append(b.Secrets, plan.Secret{Name: fmt.Sprintf("S%d", len(b.Secrets)), From: "command", Command: argv})
+	}
+	at := trust.Place{Base: o.Base, Home: o.Home}
+	lines, err := trust.Needed(b, at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if at.Scripts, err = trust.ReadScripts(b, at); err != nil {
+		t.Fatal(err)
+	}
+	write("project/print", evil, 0o700)
+	write("project/late", evil, 0o700)
+	if now, err := trust.Needed(b, at); err != nil || !slices.Equal(now, lines) {
+		t.Errorf("what is asked is not what was read: %v %q, %q", err, now, lines)
+	}
+	o.Scripts = at.Scripts
+	values, missing, err := Resolve(context.Background(), b.Secrets, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"S0", "S1", "S2"} {
+		if values[name] != value {
+			t.Errorf("%s is %q", name, values[name])
+		}
+	}
+	if values["S5"] != "beside-value-0123456789" {
+		t.Errorf("a script that no guest reaches is not run where it lies: %q", values["S5"])
+	}
+	if len(missing) != 2 || !strings.Contains(missing[0].Why, "was not found") {
+		t.Errorf("%+v", missing)
+	}
+	if _, err := os.Stat(ran); err == nil {
+		t.Error("what was put in its place has run")
+	}
+	if left, _ := filepath.Glob(filepath.Join(os.TempDir(), "bottle-secret-*")); len(left) != 0 {
+		t.Errorf("left: %q", left)
 	}
 }

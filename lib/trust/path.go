@@ -15,6 +15,9 @@ import (
 type Place struct {
 	Base string // the manifest's folder, absolute
 	Home string // for ~; may be empty when nothing uses it
+	// Scripts, where they were read before, are what counts of the files that
+	// commands name, and not what lies there by now.
+	Scripts Scripts
 }
 
 // Path makes a path of the plan absolute: relative to Base, below Home for ~,

@@ -202,10 +202,68 @@ func (n *needs) command(s plan.Secret) {
 	}
 	for i, abs := range argv {
 		if isPath(i, s.Command[i]) {
-			line += fmt.Sprintf(" (%s is %s)", s.Command[i], digest(abs))
+			line += fmt.Sprintf(" (%s is %s)", s.Command[i], n.at.Scripts.digest(abs))
 		}
 	}
 	n.lines = append(n.lines, line)
+}
+
+// Scripts are files that commands of secrets name and that a guest could write,
+// by their absolute paths, as they were read. One that was not there is nil.
+type Scripts map[string][]byte
+
+// ReadScripts reads those of b: a guest that runs in the same folder could
+// exchange them after the user's word was looked for, so that what was read is
+// both what has to be trusted and what is run. What a grant cannot pin, a folder
+// or a file that is too large, is not among them.
+func ReadScripts(b *plan.Bottle, at Place) (Scripts, error) {
+	out := Scripts{}
+	reach := Reach(b, at)
+	for _, s := range b.Secrets {
+		argv, err := at.Command(s.Command)
+		if err != nil {
+			return nil, err
+		}
+		for i, abs := range argv {
+			if !isPath(i, s.Command[i]) || !reached(reach, abs) {
+				continue
+			}
+			content, err := ReadFile(abs, maxScript)
+			switch {
+			case errors.Is(err, fs.ErrNotExist):
+				out[abs] = nil
+			case err == nil:
+				out[abs] = append([]byte{}, content...) // not nil
+			}
+		}
+	}
+	return out, nil
+}
+
+// reached tells if a path leads through one of the folders, by itself or by a
+// link.
+func reached(reach []string, abs string) bool {
+	names := []string{abs}
+	if real, err := filepath.EvalSymlinks(abs); err == nil {
+		names = append(names, real)
+	}
+	if dir, err := filepath.EvalSymlinks(filepath.Dir(abs)); err == nil {
+		names = append(names, filepath.Join(dir, filepath.Base(abs)))
+	}
+	return slices.ContainsFunc(names, func(name string) bool {
+		return slices.ContainsFunc(reach, func(dir string) bool { return Within(dir, name) })
+	})
+}
+
+func (s Scripts) digest(abs string) string {
+	content, ok := s[abs]
+	switch {
+	case !ok:
+		return digest(abs)
+	case content == nil:
+		return "absent"
+	}
+	return plan.SHA256(content)
 }
 
 // digest of a regular file that is small enough to be a script or a tool, or

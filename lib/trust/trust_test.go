@@ -127,7 +127,7 @@ func TestNeeded(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			for _, base := range []string{at.Base, filepath.Join(top, "linked")} {
-				got, err := Needed(bottle(tc.b), Place{base, at.Home})
+				got, err := Needed(bottle(tc.b), Place{Base: base, Home: at.Home})
 				if base != at.Base { // the path as typed differs from the resolved one, no more
 					if err != nil || len(got) != len(tc.want) {
 						t.Errorf("through a symlinked base: %q (%v)", got, err)

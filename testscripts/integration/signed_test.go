@@ -83,3 +83,34 @@ func TestSigned(t *testing.T) {
 		}
 	})
 }
+
+// TestTrustedScript: what a secret's command runs is a copy of what was trusted,
+// and not what lies in the guest's folder by then.
+func TestTrustedScript(t *testing.T) {
+	harness.EachUser(t, func(t *testing.T, w *harness.World) {
+		w.Write("key.sh", "#!/bin/sh\necho \"$0\" >>~/where\necho a-value-0123456789\n")
+		w.OK("chmod +x key.sh")
+		w.Manifest(`"runtime":"gvisor","egress":{"allow":["api.test"]},
+			"secrets":{"K":{"from":{"command":["./key.sh"]},"inject":[{"host":"api.test","header":"x-key"}]}}`)
+		w.OK("bottle-vm trust")
+		id := w.Up()
+		w.Down(id)
+		if r := w.Sh("(bottle-plan | timeout 2 bottle-egress serve --listen tcp:127.0.0.1:0) 2>&1"); contains(r.Out, "is missing") {
+			t.Errorf("a gate in the foreground: %+v", r)
+		}
+		ran := strings.Fields(w.Read(filepath.Join(w.Home, "where")))
+		if len(ran) != 2 {
+			t.Errorf("run as %q", ran)
+		}
+		for _, path := range ran {
+			if strings.HasPrefix(path, w.Dir) || filepath.Base(path) != "key.sh" {
+				t.Errorf("run as %s", path)
+			}
+		}
+		w.OK("echo '#' >>key.sh")
+		if r := w.Sh("bottle-plan | bottle-vm up"); r.Code != 77 || gjson.Get(r.Out, "error.code").Str != "not_trusted" {
+			t.Errorf("another script: %+v", r)
+		}
+		w.Gone()
+	})
+}

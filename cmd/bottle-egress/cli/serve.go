@@ -166,6 +166,9 @@ func configure(ctx context.Context, p *tool.Proc, f serveFlags, b *plan.Bottle) 
 	if err != nil {
 		return cfg, err
 	}
+	if at.Scripts, err = trust.ReadScripts(b, at); err != nil {
+		return cfg, err
+	}
 	if err := trusted(p, b, at); err != nil {
 		return cfg, err
 	}
@@ -208,7 +211,7 @@ func namesFiles(b *plan.Bottle) bool {
 // its first use is refused.
 func secrets(ctx context.Context, p *tool.Proc, b *plan.Bottle, at trust.Place) (map[string]string, error) {
 	values, missing, err := secret.Resolve(ctx, b.Secrets, secret.Options{
-		Base: at.Base, Home: at.Home, Getenv: p.Getenv, Warn: p.Warn,
+		Base: at.Base, Home: at.Home, Getenv: p.Getenv, Warn: p.Warn, Scripts: at.Scripts,
 	})
 	if err != nil {
 		return nil, err

@@ -109,6 +109,8 @@ type starter struct {
 	root   *state.Root
 	base   string // the manifest's folder, resolved
 	cfg    keeper.Config
+	// scripts of secrets' commands, as they were trusted
+	scripts trust.Scripts
 }
 
 func (s *starter) run(ctx context.Context) error {
@@ -224,8 +226,13 @@ func (s *starter) egress(context.Context) error {
 	return nil
 }
 
-func (s *starter) trusted(context.Context) error {
-	return trust.Check(s.root, s.bottle, s.vm.place(s.base), filepath.Join(s.base, s.bottle.Manifest.Name))
+func (s *starter) trusted(context.Context) (err error) {
+	at := s.vm.place(s.base)
+	if s.scripts, err = trust.ReadScripts(s.bottle, at); err != nil {
+		return err
+	}
+	at.Scripts = s.scripts
+	return trust.Check(s.root, s.bottle, at, filepath.Join(s.base, s.bottle.Manifest.Name))
 }
 
 // folders resolves the workspace and the mounts.
@@ -393,7 +400,7 @@ func (s *starter) sidecar(context.Context) error {
 
 func (s *starter) secrets(ctx context.Context) error {
 	values, missing, err := secret.Resolve(ctx, s.bottle.Secrets, secret.Options{
-		Base: s.base, Home: s.p.Getenv("HOME"), Getenv: s.p.Getenv, Warn: s.p.Warn,
+		Base: s.base, Home: s.p.Getenv("HOME"), Getenv: s.p.Getenv, Warn: s.p.Warn, Scripts: s.scripts,
 	})
 	if err != nil {
 		return err
