@@ -265,6 +265,34 @@ func TestReloadOfDead(t *testing.T) {
 	wantFault(t, p.Reload(t.Context(), mustYAML(t, tls("b.example"))), "proxy_died", "signal: killed")
 }
 
+// A pipelock of the workspace would run what a guest has put there; it is not
+// even asked for its version.
+func TestChooseInReach(t *testing.T) {
+	top, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin, ran := filepath.Join(top, "repo", "bin"), filepath.Join(top, "ran")
+	if err := os.MkdirAll(bin, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(bin, "pipelock"), []byte("#!/bin/sh\ntouch "+ran+"\necho pipelock version v2.2.0\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	b := &plan.Bottle{Egress: plan.Policy{Proxy: "auto"}}
+	e := &plan.Egress{Pipelock: &plan.PipelockYAML{YAML: "x"}}
+	path := func(k string) string { return map[string]string{"PATH": bin + ":/usr/bin"}[k] }
+	if _, _, err := Choose(t.Context(), b, e, path, []string{filepath.Join(top, "repo")}); err == nil || fault.As(err).Code != "program_in_reach" || fault.As(err).Exit != fault.NoPerm {
+		t.Errorf("%v", err)
+	}
+	if _, err := os.Stat(ran); err == nil {
+		t.Error("it has run")
+	}
+	if p, _, err := Choose(t.Context(), b, e, path, []string{filepath.Join(top, "other")}); err != nil || p == nil {
+		t.Errorf("out of reach: %v %v", p, err)
+	}
+}
+
 func TestChoose(t *testing.T) {
 	good, old := fakeProgram(t, "version-2.3.0").Path, fakeProgram(t, "version-1.0.0").Path
 	for _, c := range []struct {
@@ -289,7 +317,7 @@ func TestChoose(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p, why, err := Choose(t.Context(), b, e, func(k string) string { return map[string]string{"BOTTLE_PIPELOCK": c.program}[k] })
+		p, why, err := Choose(t.Context(), b, e, func(k string) string { return map[string]string{"BOTTLE_PIPELOCK": c.program}[k] }, nil)
 		if c.code != "" {
 			wantFault(t, err, c.code, "")
 			continue

@@ -67,6 +67,10 @@ func guarded(abs string, away []string) error {
 			here = next
 			continue
 		}
+		if st, ok := fi.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() { // in a sticky folder
+			return fault.New(fault.NoPerm, "signers_in_reach", "%s: the link %s belongs to uid %d, who could say whose signature counts", abs, next, st.Uid).
+				WithHint("keep it in a folder of your own")
+		}
 		if links++; links > maxLinks {
 			return &os.PathError{Op: "open", Path: abs, Err: syscall.ELOOP}
 		}

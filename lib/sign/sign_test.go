@@ -284,6 +284,23 @@ func TestStandIns(t *testing.T) {
 	if _, err := verify(t, bottle(), file(t, ""), "", plan.Signature{SSH: sample}); err == nil || fault.As(err).Code != "bad_signature" {
 		t.Errorf("%v", err)
 	}
+	// One of the workspace's says yes to everything.
+	program("echo Good; exit 0")
+	for _, link := range []string{"", filepath.Join(t.TempDir(), "bin")} {
+		if link != "" {
+			if err := os.Symlink(dir, link); err != nil {
+				t.Fatal(err)
+			}
+			t.Setenv("PATH", link+":"+os.Getenv("PATH"))
+		}
+		s, err := Open(file(t, "alice ssh-ed25519 AAAA\n"), "", []string{dir})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if who, err := s.Verify(context.Background(), bottle(), []plan.Signature{{SSH: sample}}); err == nil || fault.As(err).Code != "program_in_reach" {
+			t.Errorf("%q says %+v %v", link, who, err)
+		}
+	}
 	program("exec sleep 60")
 	s, err := Open(file(t, ""), "", nil)
 	if err != nil {
@@ -362,6 +379,20 @@ func TestReach(t *testing.T) {
 		}
 	}
 	if os.Geteuid() == 0 {
+		sticky := filepath.Join(top, "tmp")
+		if err := os.Mkdir(sticky, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(sticky, 0o777|os.ModeSticky); err != nil {
+			t.Fatal(err)
+		}
+		theirs := link(good, "tmp/signers")
+		if err := os.Lchown(theirs, 12345, 12345); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(theirs, "", away); err == nil || fault.As(err).Code != "signers_in_reach" {
+			t.Errorf("another user's link: %v", err)
+		}
 		foreign := write("own/foreign", 0o600)
 		if err := os.Chown(foreign, 12345, 12345); err != nil {
 			t.Fatal(err)

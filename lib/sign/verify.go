@@ -18,6 +18,7 @@ import (
 type Signers struct {
 	path             string // as the user gave it
 	allowed, revoked []byte
+	away             []string
 }
 
 // Open reads a file of allowed signers (ssh-keygen(1), ALLOWED SIGNERS) and, if
@@ -27,7 +28,7 @@ type Signers struct {
 // it is reached, and so is one that other users could exchange. Faults:
 // no_signers (66), signers_in_reach (77).
 func Open(path, revoked string, away []string) (*Signers, error) {
-	s := &Signers{path: path}
+	s := &Signers{path: path, away: away}
 	var err error
 	if s.allowed, err = readGuarded(path, away); err != nil {
 		return nil, err
@@ -40,7 +41,7 @@ func Open(path, revoked string, away []string) (*Signers, error) {
 
 // Verify gives those who have signed exactly this plan and may. One is enough;
 // none is a refusal. Faults: not_signed, bad_signature and signer_not_allowed
-// (77), bad_signatures and not_pinned (65), no_ssh_keygen (69).
+// (77), bad_signatures and not_pinned (65), no_ssh_keygen (69), program_in_reach (77).
 func (s *Signers) Verify(ctx context.Context, b *plan.Bottle, sigs []plan.Signature) ([]plan.Signer, error) {
 	message, err := message(b)
 	if err != nil {
@@ -56,6 +57,9 @@ func (s *Signers) Verify(ctx context.Context, b *plan.Bottle, sigs []plan.Signat
 	program, err := find()
 	if err != nil {
 		return nil, err
+	}
+	if err := trust.Program("ssh-keygen", program, s.away); err != nil {
+		return nil, err // it would say yes to everything
 	}
 	c := check{program: program, message: message}
 	if c.dir, err = os.MkdirTemp("", "bottle-sign-"); err != nil {

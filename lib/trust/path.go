@@ -107,6 +107,29 @@ func Within(dir, path string) bool {
 	return err == nil && rel != ".." && !strings.HasPrefix(rel, "../")
 }
 
+// Program refuses (77, program_in_reach) to run what lies in one of the folders
+// away (Reach), by itself or by a link: a PATH may lead through a checkout
+// (node_modules/.bin, a virtual environment), and what a guest or a repository
+// put there would run on the host.
+func Program(name, path string, away []string) error {
+	names := []string{path}
+	if real, err := filepath.EvalSymlinks(path); err == nil {
+		names = append(names, real)
+	}
+	if dir, err := filepath.EvalSymlinks(filepath.Dir(path)); err == nil {
+		names = append(names, filepath.Join(dir, filepath.Base(path)))
+	}
+	for _, p := range names {
+		for _, a := range away {
+			if Within(a, p) {
+				return fault.New(fault.NoPerm, "program_in_reach", "%s is %s, in %s, where a guest or a repository could change what runs on the host", name, p, a).
+					WithHint("install it outside of that folder, and take the folder out of PATH")
+			}
+		}
+	}
+	return nil
+}
+
 // Reach are the folders that the guest of b may write, or that come with the
 // repository: the manifest's folder, the workspace and the mounts, resolved. The
 // modes of the plan do not matter, it is what is to be judged.

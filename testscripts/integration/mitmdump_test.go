@@ -60,7 +60,7 @@ func TestMitmdump(t *testing.T) {
 			t.Fatalf("untrusted: %+v", r)
 		}
 		w.OK("bottle-vm trust && bottle-plan >plan")
-		if r := w.Sh("mkdir v && ln -s $BOTTLE_MITMDUMP v/mitmdump && BOTTLE_MITMDUMP=v/mitmdump bottle-vm up <plan"); r.Code != 77 || gjson.Get(r.Out, "error.code").Str != "mitmdump_in_reach" {
+		if r := w.Sh("mkdir v && ln -s $BOTTLE_MITMDUMP v/mitmdump && BOTTLE_MITMDUMP=v/mitmdump bottle-vm up <plan"); r.Code != 77 || gjson.Get(r.Out, "error.code").Str != "program_in_reach" {
 			t.Errorf("a mitmdump of the workspace: %+v", r)
 		}
 		if r := w.Sh("BOTTLE_MITMDUMP=/nonexistent bottle-vm up <plan"); r.Code != 69 || gjson.Get(r.Out, "error.code").Str != "no_mitmdump" {

@@ -93,7 +93,7 @@ func serve(ctx context.Context, p *tool.Proc, f serveFlags) (err error) {
 	if err != nil {
 		return err
 	}
-	proxy, why, err := startProxy(ctx, p, b, e)
+	proxy, why, err := startProxy(ctx, p, f.dir, b, e)
 	if err != nil {
 		return err
 	}
@@ -279,12 +279,16 @@ type proxy struct {
 	dir  string
 }
 
-func startProxy(ctx context.Context, p *tool.Proc, b *plan.Bottle, e *plan.Egress) (*proxy, string, error) {
-	program, why, err := pipelock.Choose(ctx, b, e, p.Getenv)
+func startProxy(ctx context.Context, p *tool.Proc, dir string, b *plan.Bottle, e *plan.Egress) (*proxy, string, error) {
+	at, err := place(p, dir, b)
+	if err != nil {
+		return nil, "", err
+	}
+	program, why, err := pipelock.Choose(ctx, b, e, p.Getenv, trust.Reach(b, at))
 	if err != nil || program == nil {
 		return &proxy{}, why, err
 	}
-	dir, err := os.MkdirTemp("", "bottle-egress-")
+	dir, err = os.MkdirTemp("", "bottle-egress-")
 	if err != nil {
 		return nil, "", fault.New(fault.CantCreate, "cannot_create", "a folder for pipelock: %w", err)
 	}

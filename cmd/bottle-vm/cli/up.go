@@ -365,7 +365,7 @@ func (s *starter) proxy(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	prog, _, err := pipelock.Choose(ctx, s.bottle, eg, s.p.Getenv)
+	prog, _, err := pipelock.Choose(ctx, s.bottle, eg, s.p.Getenv, trust.Reach(s.bottle, s.vm.place(s.base)))
 	if err == nil && prog != nil {
 		s.cfg.Pipelock = prog.Path
 	}
@@ -382,17 +382,8 @@ func (s *starter) sidecar(context.Context) error {
 	if err != nil {
 		return err
 	}
-	real, err := filepath.EvalSymlinks(path)
-	if err != nil {
-		return fault.New(fault.Unavailable, "no_mitmdump", "mitmdump: %w", err).WithHint("install mitmproxy anew")
-	}
-	for _, dir := range trust.Reach(s.bottle, s.vm.place(s.base)) {
-		for _, p := range []string{path, real} {
-			if trust.Within(dir, p) {
-				return fault.New(fault.NoPerm, "mitmdump_in_reach", "mitmdump is %s, in %s, where a guest or a repository could change what runs on the host", p, dir).
-					WithHint("install mitmproxy outside of it, and let BOTTLE_MITMDUMP name it")
-			}
-		}
+	if err := trust.Program(sidecar.Name, path, trust.Reach(s.bottle, s.vm.place(s.base))); err != nil {
+		return err
 	}
 	s.cfg.Mitmdump = path
 	return nil
