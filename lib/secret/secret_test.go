@@ -196,6 +196,12 @@ func TestExchangedScript(t *testing.T) {
 		t.Errorf("what is asked is not what was read: %v %q, %q", err, now, lines)
 	}
 	o.Scripts = at.Scripts
+	tmp := os.Getenv("TMPDIR")
+	t.Setenv("TMPDIR", o.Base)
+	if _, err := trust.ReadScripts(b, at); err == nil || fault.As(err).Code != "temp_in_reach" || fault.As(err).Exit != fault.NoPerm {
+		t.Errorf("copies where the guest writes: %v", err)
+	}
+	t.Setenv("TMPDIR", tmp)
 	values, missing, err := Resolve(context.Background(), b.Secrets, o)
 	if err != nil {
 		t.Fatal(err)

@@ -284,6 +284,14 @@ func TestStandIns(t *testing.T) {
 	if _, err := verify(t, bottle(), file(t, ""), "", plan.Signature{SSH: sample}); err == nil || fault.As(err).Code != "bad_signature" {
 		t.Errorf("%v", err)
 	}
+	// Where a guest writes, the list of signers could become another one.
+	t.Setenv("TMPDIR", filepath.Join(dir, "tmp"))
+	if s, err := Open(file(t, ""), "", []string{filepath.Join(dir, "tmp")}); err != nil {
+		t.Fatal(err)
+	} else if _, err := s.Verify(context.Background(), bottle(), []plan.Signature{{SSH: sample}}); err == nil || fault.As(err).Code != "temp_in_reach" {
+		t.Errorf("%v", err)
+	}
+	t.Setenv("TMPDIR", t.TempDir())
 	// One of the workspace's says yes to everything.
 	program("echo Good; exit 0")
 	for _, link := range []string{"", filepath.Join(t.TempDir(), "bin")} {

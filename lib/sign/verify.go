@@ -61,6 +61,9 @@ func (s *Signers) Verify(ctx context.Context, b *plan.Bottle, sigs []plan.Signat
 	if err := trust.Program("ssh-keygen", program, s.away); err != nil {
 		return nil, err // it would say yes to everything
 	}
+	if err := trust.Temp(s.away); err != nil {
+		return nil, err
+	}
 	c := check{program: program, message: message}
 	if c.dir, err = os.MkdirTemp("", "bottle-sign-"); err != nil {
 		return nil, fault.New(fault.CantCreate, "cannot_create", "a folder for ssh-keygen: %w", err)

@@ -130,6 +130,23 @@ func Program(name, path string, away []string) error {
 	return nil
 }
 
+// Temp refuses (77, temp_in_reach) a folder for temporary files that lies in one
+// of the folders away: what is laid there to be run, or to be believed, a guest
+// could exchange.
+func Temp(away []string) error {
+	dir := os.TempDir()
+	if real, err := filepath.EvalSymlinks(dir); err == nil {
+		dir = real
+	}
+	for _, a := range away {
+		if Within(a, dir) {
+			return fault.New(fault.NoPerm, "temp_in_reach", "the folder for temporary files, %s, lies in %s, where a guest could exchange what is laid there", dir, a).
+				WithHint("set TMPDIR to a folder outside of it, such as /tmp")
+		}
+	}
+	return nil
+}
+
 // Reach are the folders that the guest of b may write, or that come with the
 // repository: the manifest's folder, the workspace and the mounts, resolved. The
 // modes of the plan do not matter, it is what is to be judged.

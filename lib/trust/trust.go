@@ -237,6 +237,9 @@ func ReadScripts(b *plan.Bottle, at Place) (Scripts, error) {
 			}
 		}
 	}
+	if len(out) > 0 { // copies are run there
+		return out, Temp(reach)
+	}
 	return out, nil
 }
 
