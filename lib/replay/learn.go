@@ -46,8 +46,8 @@ type Options struct {
 // for: exact hosts, the ports and protocols that were used, each with its
 // counts. Left out, with a remark, is what no entry opens, or should: metadata
 // addresses, hosts in a form with two readings, what an entry of deny is about,
-// what was refused for another reason than host and port, and what a preset
-// opens. Errors are those of policy.Compile.
+// what was refused for another reason than host and port, what a preset opens,
+// and what a sidecar made of a request. Errors are those of policy.Compile.
 func Learn(l *Log, o Options) (*Lesson, error) {
 	s := &student{wants: map[endpoint]map[string]*want{}, asides: map[aside]int{}, presets: map[string]bool{}}
 	var err error
@@ -113,6 +113,13 @@ func (s *student) hear(d Decision, n int) {
 		return
 	}
 	served := d.Verdict == audit.Allow || d.Verdict == audit.Failed && d.From != ""
+	if d.Sender != "" {
+		// What it passes on the guest has asked for, in a line of its own.
+		if !served {
+			s.asides[aside{d.Host, d.Sender + " asked for it, and not the guest"}] += n
+		}
+		return
+	}
 	protocol := d.Protocol
 	switch {
 	case strings.HasPrefix(d.From, "preset ") && served:

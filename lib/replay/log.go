@@ -30,6 +30,7 @@ type Decision struct {
 	Address  string // IP:port that was dialled
 	From     string // provenance of the rule
 	Reason   string // of a denial
+	Sender   string // what asked, if not the guest
 }
 
 // Log is the decisions of some audit logs.
@@ -126,7 +127,7 @@ func (l *Log) take(line audit.Line) error {
 		return nil // too many connections or lookups, and nobody knows where to
 	}
 	d := Decision{Kind: e.Event, Host: e.Host, Port: e.Port, Verdict: e.Verdict, Code: e.Code, Protocol: e.Protocol,
-		Method: e.Method, Path: e.Path, Address: e.Address, From: e.From}
+		Method: e.Method, Path: e.Path, Address: e.Address, From: e.From, Sender: e.Sender}
 	if e.Verdict == audit.Deny {
 		d.Reason = e.Reason
 	}

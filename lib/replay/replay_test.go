@@ -385,6 +385,23 @@ func TestLearnWildcards(t *testing.T) {
 	}
 }
 
+// TestLearnSender: what an addon of mitmdump makes of a request is not what the
+// guest asked for, and a request that it passes on is one.
+func TestLearnSender(t *testing.T) {
+	first, again, made := event("allow tls a.test:443"), event("allow tls a.test:443"), event("deny not_in_allowlist collector.test:443")
+	again.Sender, made.Sender = "mitmdump", "mitmdump"
+	lesson, err := Learn(read(t, first, again, made), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(lesson.Allow) != 1 || lesson.Allow[0].Host != "a.test" || !strings.HasPrefix(lesson.Allow[0].Why, "asked for once") {
+		t.Errorf("%+v", lesson.Allow)
+	}
+	if len(lesson.Remarks) != 1 || !strings.Contains(lesson.Remarks[0], `"collector.test" (once) is not proposed: mitmdump asked for it`) {
+		t.Errorf("%q", lesson.Remarks)
+	}
+}
+
 // TestLearnWildcardsKeepRequests: what holds one host to some requests is not
 // lost in a wildcard, nor put on the others.
 func TestLearnWildcardsKeepRequests(t *testing.T) {
