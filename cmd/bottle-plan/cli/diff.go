@@ -125,15 +125,26 @@ func plansOf(p *tool.Proc, file string) ([]*plan.Bottle, error) {
 		if err != nil {
 			return nil, err
 		}
-		if (file == "-" || isPipe(file)) && len(b.Egress.Roots) > 0 {
+		if named := namedFile(&b.Egress); (file == "-" || isPipe(file)) && named != "" {
 			// Those of the working folder may be the other side's: an exchanged
-			// certificate would be compared with itself.
-			return nil, fault.New(fault.Usage, "roots_elsewhere", "a manifest from a pipe names files (%s), and which ones are meant cannot be told", b.Egress.Roots[0].Path).
+			// certificate or addon would be compared with itself.
+			return nil, fault.New(fault.Usage, "roots_elsewhere", "a manifest from a pipe names files (%s), and which ones are meant cannot be told", named).
 				WithHint("compare folders: git worktree add base main && bottle-plan diff base/bottle.json bottle.json")
 		}
 		plans = append(plans, b)
 	}
 	return plans, nil
+}
+
+// namedFile is a file whose content is in the plan, or "".
+func namedFile(p *plan.Policy) string {
+	switch {
+	case len(p.Roots) > 0:
+		return p.Roots[0].Path
+	case p.Mitmdump != nil && len(p.Mitmdump.Addons) > 0:
+		return p.Mitmdump.Addons[0].Path
+	}
+	return ""
 }
 
 // isDocument tells a document from a manifest by the first member that only one
