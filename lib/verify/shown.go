@@ -3,6 +3,7 @@ package verify
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -73,7 +74,11 @@ func resolve(f *drift.Findings, what string, at trust.Place, path string) string
 		real, err = filepath.EvalSymlinks(abs)
 	}
 	if err != nil {
-		f.Unknown(what, path, errors.Unwrap(err))
+		var at *fs.PathError // the path is in path already
+		if errors.As(err, &at) {
+			err = at.Err
+		}
+		f.Unknown(what, path, err)
 		return abs
 	}
 	return real

@@ -79,3 +79,30 @@ func TestShown(t *testing.T) {
 		}
 	}
 }
+
+// TestShownLoop: a guest that makes a loop of links of what is mounted is
+// reported, and ends nothing.
+func TestShownLoop(t *testing.T) {
+	x := fixture(t)
+	base := t.TempDir()
+	x.Record.ManifestDir = base
+	for _, name := range []string{"loop", "gone"} {
+		x.Plan.Mounts = []plan.Mount{{Source: name, Target: "/x", Mode: "ro"}}
+		if name == "loop" {
+			if err := os.Symlink("loop", filepath.Join(base, "loop")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		f := &drift.Findings{Bottle: "t"}
+		x.Shown(f, engine.Shown{}, "")
+		if !slices.ContainsFunc(f.List, func(g drift.Finding) bool { return g.Kind == drift.Unknown && g.What == "mount /x" }) {
+			t.Errorf("%s: %+v", name, f.List)
+		}
+	}
+	x.Plan.Mounts = []plan.Mount{{Source: "~/data", Target: "/x", Mode: "ro"}}
+	f := &drift.Findings{Bottle: "t"}
+	x.Shown(f, engine.Shown{}, "") // no home
+	if !slices.ContainsFunc(f.List, func(g drift.Finding) bool { return g.Kind == drift.Unknown && g.What == "mount /x" }) {
+		t.Errorf("%+v", f.List)
+	}
+}
