@@ -19,7 +19,9 @@ _bottle() {
 		[[ ${COMP_WORDS[i]} == -- ]] && { COMPREPLY=(); return; } # the guest's command
 		[[ $verb || ${COMP_WORDS[i]} == -* ]] || verb=${COMP_WORDS[i]}
 	done
+	[[ ${COMP_WORDS[COMP_CWORD - 1]} == --bottle ]] && verb=--bottle
 	case $tool:$verb:$cur in
+	*:--bottle:*) words=$(_bottle_ids) ;;
 	bottle::*) words=$(_bottle_driver_verbs) ;;
 	bottle:run:* | bottle:start:*) words="$(_bottle_agents) --" ;;
 	bottle:plan:*) words="$(_bottle_agents) --all --hash --pretty" ;;
@@ -28,6 +30,7 @@ _bottle() {
 	bottle:*) words="$(_bottle_ids) --" ;;
 	*::-*) words=$(_bottle_flags "$tool") ;;
 	bottle-plan::*) words="$(_bottle_agents) $(_bottle_verbs "$tool")" ;;
+	bottle-probe::*) words="$(_bottle_verbs "$tool") $(_bottle_ids)" ;;
 	*::*) words=$(_bottle_verbs "$tool") ;;
 	*:*:-*) words="$(_bottle_flags "$tool" "$verb")" ;;
 	bottle-vm:cp:*)
@@ -35,6 +38,7 @@ _bottle() {
 		compopt -o nospace 2>/dev/null # the path comes right behind the colon
 		;;
 	bottle-vm:*) words="$(_bottle_ids) --" ;;
+	bottle-egress:log:* | bottle-egress:learn:* | bottle-egress:replay:*) words=$(_bottle_ids) ;;
 	bottle-plan:*) words=$(_bottle_agents) ;;
 	esac
 	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")

@@ -39,7 +39,7 @@ func serveCommand(p *tool.Proc) *tool.Command {
 	fs.StringVar(&f.audit, "audit", "-", "append the audit log to `FILE`; - is stdout")
 	p.Ambient(fs, f.bounds.Flags(fs)...)
 	fs.StringVar(&f.caCert, "ca-cert", "", "write the certificate that clients of inspected hosts have to trust to `FILE`")
-	fs.StringVar(&f.dir, "dir", "", "the manifest's folder `DIR`, for the files that the plan names (default the working folder)")
+	fs.StringVar(&f.dir, "dir", "", "the manifest's `FOLDER`, for the files that the plan names; the working folder if not given")
 	fs.BoolVar(&f.keeper, "keeper", false, "take configuration and connections from a bottle's keeper")
 	return &tool.Command{
 		Name:       "serve",

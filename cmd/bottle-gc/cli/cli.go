@@ -48,7 +48,7 @@ func Run(ctx context.Context, p *tool.Proc) int {
 	fs.BoolVar(&f.check, "check", false, "list, and exit 1 if there are any")
 	fs.BoolVar(&f.verbose, "v", false, "with --apply: print each orphan that was removed")
 	fs.Var(&f.minAge, "min-age", "how old something without a record has to be: `DURATION` as 90s, 2h or 1d")
-	fs.StringVar(&f.cache, "cache", "", "the image cache `DIR`, if it is not at its usual place")
+	fs.StringVar(&f.cache, "cache", "", "the image cache `FOLDER`, if it is not at its usual place")
 	p.Ambient(fs, "cache")
 	return p.Run(ctx, &tool.Command{
 		Name:       "bottle-gc",

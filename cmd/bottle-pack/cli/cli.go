@@ -24,7 +24,7 @@ func Run(ctx context.Context, p *tool.Proc) int {
 	fs := p.Flags("bottle-pack")
 	out := p.OutputFlags(fs)
 	c := &command{p: p}
-	fs.StringVar(&c.dir, "dir", "", "the manifest's `FOLDER`, where relative images start (default: the working folder)")
+	fs.StringVar(&c.dir, "dir", "", "the manifest's `FOLDER`, where relative images start; the working folder if not given")
 	c.cacheFlag(fs)
 	return p.Run(ctx, &tool.Command{
 		Name:       "bottle-pack",
@@ -66,7 +66,7 @@ type command struct {
 }
 
 func (c *command) cacheFlag(fs *flag.FlagSet) {
-	fs.StringVar(&c.cache, "cache", "", "keep root file systems in `FOLDER`")
+	fs.StringVar(&c.cache, "cache", "", "keep root file systems in the image cache `FOLDER`")
 	c.p.Ambient(fs, "cache")
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -158,12 +159,22 @@ func (v *vm) reportDenied(id string) {
 	if err != nil {
 		return
 	}
-	how := hints(b)
-	for _, d := range denied(root.Audit(b.ID)) {
+	reportTo(v.p.Stderr, b.ID, denied(root.Audit(b.ID)), hints(b))
+}
+
+func reportTo(w io.Writer, id string, all []denial, how func(denial) string) {
+	for _, d := range all[:min(len(all), maxReported)] {
 		d.hint = how(d)
-		fmt.Fprintln(v.p.Stderr, d)
+		fmt.Fprintln(w, d)
+	}
+	if more := len(all) - maxReported; more > 0 {
+		fmt.Fprintf(w, "bottle: %d more denied, which bottle-egress log %s lists\n", more, id)
 	}
 }
+
+// maxReported bounds the lines of a report: a guest can ask for any number of
+// hosts, and this goes to somebody's terminal.
+const maxReported = 50
 
 // hints tells what would open a host, as the gate told the guest: the audit log
 // has the decision only.
@@ -262,9 +273,9 @@ func denied(path string) []denial {
 		if e.Verdict != audit.Deny && !byClient || e.Event == audit.KindChange { // that one the owner asked for
 			continue
 		}
-		target := e.Host
+		target := cmp.Or(e.Host, "what names no host")
 		if e.Port != 0 {
-			target += ":" + strconv.Itoa(e.Port)
+			target = net.JoinHostPort(e.Host, strconv.Itoa(e.Port))
 		}
 		request := ""
 		if e.Code == policy.RequestNotAllowed || e.Code == policy.AmbiguousPath {
@@ -311,7 +322,7 @@ func more(sums map[string]*denial, of, target string, e *audit.Event) {
 // printable keeps a name that a guest chose from driving a terminal.
 func printable(s string) string {
 	q := fmt.Sprintf("%+q", s)
-	return q[1 : len(q)-1]
+	return strings.ReplaceAll(q[1:len(q)-1], `\"`, `"`)
 }
 
 func (v *vm) stopCommand() *tool.Command {
