@@ -67,7 +67,7 @@ func (e *Error) Unwrap() error { return e.fault() }
 
 // faults gives each kind its exit status, its code and what to do about it.
 var faults = map[error]fault.Error{
-	ErrMissing:       {Exit: fault.Unavailable, Code: "smolvm_missing", Hint: "bottle-vm doctor --install smolvm installs it; BOTTLE_SMOLVM names one that is elsewhere"},
+	ErrMissing:       {Exit: fault.Unavailable, Code: "smolvm_missing", Hint: "bottle-vm doctor --install smolvm installs it (the Python package smolmachines); BOTTLE_SMOLVM names one that is elsewhere"},
 	ErrWrongProgram:  {Exit: fault.Unavailable, Code: "smolvm_wrong_program", Hint: "the Python package named smolvm is another project; the right one is smolmachines (its smol/smol-vmm is the smolvm command); set BOTTLE_SMOLVM to it"},
 	ErrGarbage:       {Exit: fault.Unavailable, Code: "smolvm_garbage", Hint: "run the same smolvm by hand and see what it prints; reinstall it if need be"},
 	ErrTooMuch:       {Exit: fault.Unavailable, Code: "smolvm_garbage", Hint: "run the same smolvm by hand and see what it prints; reinstall it if need be"},

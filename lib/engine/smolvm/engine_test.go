@@ -560,6 +560,7 @@ func TestBootHints(t *testing.T) {
 		{kvm, 1000, 0o660, false, "KvmOpen(Error(13))"},
 		{ready, 1000, 0o660, false, "kvm_pvm"},
 		{ready, 0, 0o600, true, "kvm_pvm"},
+		{&smolvm.Error{Kind: smolvm.ErrTimeout}, 1000, 0o666, false, "still be unpacking"},
 	} {
 		if got := bootHint(tt.err, tt.euid, tt.mode, tt.off); !strings.Contains(got, tt.want) {
 			t.Errorf("%+v: %s", tt, got)

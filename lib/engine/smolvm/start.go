@@ -356,6 +356,9 @@ func bootHint(e *smolvm.Error, euid int, kvm os.FileMode, dropOff bool) string {
 			"run it as a plain user in the group of /dev/kvm, or give those ids access, or set SMOLVM_VM_UID_DROP=off; or use runtime gvisor"
 	case e.Kind == smolvm.ErrKVM:
 		return "KvmOpen(Error(13)) means that you may not open /dev/kvm: join its group (usually kvm) and log in again; or use runtime gvisor"
+	case e.Kind == smolvm.ErrTimeout:
+		return "smolvm neither gave up nor came to an end: on a slow machine its first start may still be unpacking what it comes with; " +
+			"let one end by hand (smolvm machine create --name first; smolvm machine start --name first), or use runtime gvisor"
 	}
 	return "/dev/kvm is there, but a guest does not get ready: a paravirtual KVM (kvm_pvm, nested in some clouds) never executes it; use runtime gvisor"
 }
