@@ -21,6 +21,9 @@ func readEvents(t testing.TB, path string) []audit.Event {
 	}
 	var out []audit.Event
 	for line := range strings.Lines(string(b)) {
+		if !strings.HasSuffix(line, "\n") {
+			break // it is being written
+		}
 		var e audit.Event
 		if err := json.Unmarshal([]byte(line), &e); err != nil {
 			t.Fatalf("%q: %v", line, err)

@@ -388,7 +388,7 @@ func TestWatchIsQuick(t *testing.T) {
 		worst = max(worst, took)
 	}
 	t.Logf("worst %s", worst)
-	if worst > 2*time.Second { // about a millisecond on a quiet machine
+	if worst > 10*time.Second { // about a millisecond on a quiet machine
 		t.Errorf("took %s", worst)
 	}
 	// A folder that is renamed stays watched, under its new name.

@@ -205,7 +205,7 @@ func TestLiveOutlivesPipelock(t *testing.T) {
 		if now != pid {
 			break
 		}
-		if i == 1000 {
+		if i == 6000 {
 			t.Fatal("no new pipelock")
 		}
 		time.Sleep(10 * time.Millisecond)

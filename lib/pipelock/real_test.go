@@ -234,12 +234,12 @@ func TestRealTraffic(t *testing.T) {
 
 // tunnel asks for host:443 and shakes hands inside.
 func tunnel(proxy netip.AddrPort, host, sni string) (int, error) {
-	c, err := net.DialTimeout("tcp", proxy.String(), 5*time.Second)
+	c, err := net.DialTimeout("tcp", proxy.String(), time.Minute)
 	if err != nil {
 		return 0, err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(8 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	target := net.JoinHostPort(host, "443")
 	fmt.Fprintf(c, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", target, target)
 	res, err := http.ReadResponse(bufio.NewReader(c), &http.Request{Method: http.MethodConnect})

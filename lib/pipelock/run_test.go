@@ -74,7 +74,7 @@ func TestFind(t *testing.T) {
 	t0 := time.Now()
 	_, err := Find(ctx, getenv(map[string]string{"BOTTLE_PIPELOCK": fakeProgram(t, "hang").Path}))
 	wantFault(t, err, "proxy_refuses", "did not answer")
-	if d := time.Since(t0); d > 5*time.Second {
+	if d := time.Since(t0); d > 30*time.Second {
 		t.Errorf("a program that hangs was waited for %s", d)
 	}
 }
@@ -193,7 +193,7 @@ func TestStopInsists(t *testing.T) {
 	if err := p.Stop(); err != nil {
 		t.Error(err)
 	}
-	if d := time.Since(t0); d < stopTimeout || d > stopTimeout+3*time.Second {
+	if d := time.Since(t0); d < stopTimeout || d > stopTimeout+30*time.Second {
 		t.Errorf("took %s", d)
 	}
 	wantFault(t, p.Wait(), "proxy_died", "signal: killed")

@@ -139,11 +139,11 @@ func TestCommandTimeLimit(t *testing.T) {
 	o.TimeLimit = 100 * time.Millisecond
 	start := time.Now()
 	// The grandchild holds the pipe open: it has to go too.
-	_, missing, err := one(plan.Secret{From: "command", Command: []string{"sh", "-c", "sleep 20 & sleep 20"}}, o)
+	_, missing, err := one(plan.Secret{From: "command", Command: []string{"sh", "-c", "sleep 300 & sleep 300"}}, o)
 	if err != nil || len(missing) != 1 || !strings.Contains(missing[0].Why, "did not end within 100ms") {
 		t.Fatalf("missing %q, error %v", missing, err)
 	}
-	if d := time.Since(start); d > 5*time.Second {
+	if d := time.Since(start); d > time.Minute {
 		t.Fatalf("took %s", d)
 	}
 }

@@ -207,7 +207,7 @@ func TestAgent(t *testing.T) {
 		agent.Process.Kill()
 		agent.Wait()
 	}()
-	for range 200 {
+	for range 6000 {
 		if _, err := os.Stat(sock); err == nil {
 			break
 		}

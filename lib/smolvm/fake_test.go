@@ -550,7 +550,7 @@ func TestMegabytesAreCutOff(t *testing.T) {
 	if !errors.Is(err, ErrTooMuch) || len(err.Error()) > 6<<10 {
 		t.Errorf("stderr: %.200v", err)
 	}
-	if d := time.Since(start); d > 10*time.Second {
+	if d := time.Since(start); d > time.Minute {
 		t.Errorf("took %s", d)
 	}
 	// A long message that fits is cut to what a person can read.
@@ -570,7 +570,7 @@ func TestHangingIsEnded(t *testing.T) {
 	if !errors.Is(err, ErrTimeout) || fault.As(err).Code != "smolvm_timeout" {
 		t.Errorf("%v", err)
 	}
-	if d := time.Since(start); d > 5*time.Second {
+	if d := time.Since(start); d > time.Minute {
 		t.Errorf("took %s", d)
 	}
 	waitGone(t, pidFile) // the whole process group
@@ -586,12 +586,12 @@ func TestHangingIsEnded(t *testing.T) {
 // A helper that keeps smolvm's output open must not keep the caller.
 func TestInheritedPipesDoNotHang(t *testing.T) {
 	pidFile := filepath.Join(t.TempDir(), "pid")
-	c := script(t, "sleep 20 & echo $! > "+pidFile+"\necho '[]'")
+	c := script(t, "sleep 300 & echo $! > "+pidFile+"\necho '[]'")
 	start := time.Now()
 	if _, err := c.MachineLs(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if d := time.Since(start); d > 5*time.Second {
+	if d := time.Since(start); d > time.Minute {
 		t.Errorf("took %s", d)
 	}
 	if pid := readPID(t, pidFile); pid > 0 {

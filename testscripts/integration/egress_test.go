@@ -275,8 +275,8 @@ func restarts(t *testing.T, w *harness.World, id string, u *upstream, pid int) {
 			t.Error("with the gate dead a denied host was served")
 		}
 		for !works() {
-			if time.Since(killed) > 10*time.Second {
-				t.Fatalf("round %d: no way out 10 s after the kill; status %s", round, w.OK("bottle-vm status "+id))
+			if time.Since(killed) > harness.Limit {
+				t.Fatalf("round %d: no way out %s after the kill; status %s", round, harness.Limit, w.OK("bottle-vm status "+id))
 			}
 		}
 		if took := time.Since(killed); took > time.Second+slack() {

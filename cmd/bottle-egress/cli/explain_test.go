@@ -152,7 +152,7 @@ func ask(t testing.TB, socket, host string, port int, plain bool) string {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
 	if strings.Contains(host, ":") {
 		host = "[" + host + "]"
 	}
@@ -354,7 +354,7 @@ func request(t testing.TB, socket, method, address string) string {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
 	host, _, _ := strings.Cut(strings.TrimPrefix(address, "http://"), "/")
 	if _, err := fmt.Fprintf(c, "%s %s HTTP/1.1\r\nHost: %s\r\nContent-Length: 0\r\n\r\n", method, address, host); err != nil {
 		t.Fatal(err)
@@ -472,7 +472,7 @@ func TestExplainAgreesOnInspection(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(time.Minute))
 		if _, err := io.WriteString(c, "CONNECT "+host+":443 HTTP/1.1\r\nHost: "+host+":443\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}

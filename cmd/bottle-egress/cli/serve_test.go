@@ -79,7 +79,7 @@ func begin(t *testing.T, doc string, env map[string]string, args ...string) *ser
 		Stdout: s.stdout, Stderr: s.stderr, Getenv: func(k string) string { return env[k] }, Now: time.Now,
 	}
 	go func() { s.done <- Run(ctx, p) }()
-	for range 500 {
+	for range 6000 {
 		if _, rest, ok := strings.Cut(s.stderr.String(), " is served on "); ok && strings.Contains(rest, "\n") {
 			s.addr, _, _ = strings.Cut(rest, " (proxy ")
 			return s
@@ -114,7 +114,7 @@ func (s *served) wait(t *testing.T) int {
 	select {
 	case status := <-s.done:
 		return status
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("does not end: %s", s.stderr)
 		return -1
 	}
@@ -344,7 +344,7 @@ func TestServeRefuses(t *testing.T) {
 			p := &tool.Proc{Name: "bottle-egress", Args: append([]string{"serve", "--dir", dir}, c.args...), Stdin: strings.NewReader(doc),
 				Stdout: io.Discard, Stderr: &errs, Now: time.Now,
 				Getenv: func(k string) string { return map[string]string{"HOME": dir, "PATH": "/nonexistent"}[k] }}
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			if status := Run(ctx, p); status != c.status || !strings.Contains(errs.String(), c.text) {
 				t.Errorf("%d %s", status, &errs)
@@ -530,7 +530,7 @@ func TestServeKeeper(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		if err := g.AwaitReady(ctx); err != nil {
 			t.Fatal(err)
 		}
@@ -615,7 +615,7 @@ func TestServeKeeperFailures(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		err = g.AwaitReady(ctx)
 		cancel()
 		if f := fault.As(err); err == nil || c.code != "" && f.Code != c.code {

@@ -118,7 +118,7 @@ func (g *fakeGate) exchange(ip netip.Addr, send string) (string, error) {
 		return "", err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	io.WriteString(c, send)
 	got, err := io.ReadAll(c)
 	return string(got), err
@@ -346,7 +346,7 @@ func TestLiteralAddresses(t *testing.T) {
 			"10.1.3.3:2223": "reset", "127.0.0.1:2222": "reset", "10.2.0.1:2222": "unreachable",
 		} {
 			got := literalAnswer(at)
-			for range 500 { // Linux makes the route of an IPv6 address a little later
+			for range 6000 { // Linux makes the route of an IPv6 address a little later
 				if got != "unreachable" || got == want {
 					break
 				}
@@ -363,7 +363,7 @@ func TestLiteralAddresses(t *testing.T) {
 
 // literalAnswer dials on the calling thread: net does so for addresses.
 func literalAnswer(at string) string {
-	c, err := net.DialTimeout("tcp", at, 5*time.Second)
+	c, err := net.DialTimeout("tcp", at, time.Minute)
 	switch {
 	case errors.Is(err, unix.ENETUNREACH):
 		return "unreachable"
@@ -374,7 +374,7 @@ func literalAnswer(at string) string {
 		return err.Error()
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(5 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	line, err := bufio.NewReader(c).ReadString('\n')
 	if errors.Is(err, syscall.ECONNRESET) {
 		return "reset"

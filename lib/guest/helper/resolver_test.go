@@ -153,7 +153,7 @@ func TestResolverOverUDPAndTCP(t *testing.T) {
 			var d net.Dialer
 			return d.DialContext(ctx, network, address)
 		}}
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		if ips, err := client.LookupHost(ctx, "a.test."); err != nil || len(ips) != 1 || ips[0] != "127.64.0.9" {
 			t.Errorf("%s: %v, %v", network, ips, err)
