@@ -328,7 +328,7 @@ func TestKilledExecRestoresTheTerminal(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() {
 		defer cancel()
-		for range 200 {
+		for range 3000 {
 			if _, err := os.Stat(dir + "/raw"); err == nil {
 				return
 			}
@@ -615,7 +615,7 @@ func readPID(t *testing.T, file string) int {
 func waitGone(t *testing.T, file string) {
 	t.Helper()
 	pid := readPID(t, file)
-	for range 50 {
+	for range 3000 {
 		stat, err := os.ReadFile("/proc/" + strings.TrimSpace(itoa(pid)) + "/stat")
 		if err != nil || strings.Contains(string(stat), ") Z ") {
 			return

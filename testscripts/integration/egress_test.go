@@ -279,7 +279,7 @@ func restarts(t *testing.T, w *harness.World, id string, u *upstream, pid int) {
 				t.Fatalf("round %d: no way out %s after the kill; status %s", round, harness.Limit, w.OK("bottle-vm status "+id))
 			}
 		}
-		if took := time.Since(killed); took > time.Second+slack() {
+		if took := time.Since(killed); took > 5*time.Second+slack() {
 			t.Errorf("round %d: the way out was back after %s", round, took)
 		}
 		if code, status, body := get(w, id, "keyed.test", u.port, "/y"); code != 0 || !strings.HasPrefix(status, "200") {
@@ -291,12 +291,12 @@ func restarts(t *testing.T, w *harness.World, id string, u *upstream, pid int) {
 	}
 }
 
-// slack is more than the second on a machine with other work to do.
+// slack is more than the seconds on a machine with other work to do.
 func slack() time.Duration {
 	raw, err := os.ReadFile("/proc/loadavg")
 	load, _, _ := strings.Cut(string(raw), " ")
 	if v, ferr := strconv.ParseFloat(load, 64); err == nil && ferr == nil && v > 3 {
-		return 4 * time.Second
+		return 20 * time.Second
 	}
 	return 0
 }

@@ -148,7 +148,7 @@ func TestAvailable(t *testing.T) {
 		t.Errorf("Version: %q, %v", v, err)
 	}
 	none := New([]string{"PATH=/nonexistent", "HOME=/nonexistent"})
-	wantFault(t, none.Available(t.Context()), fault.Unavailable, "smolvm_missing", "smolmachines")
+	wantFault(t, none.Available(t.Context()), fault.Unavailable, "smolvm_missing", "bottle-vm doctor --install smolvm")
 	if _, err := none.Alive(t.Context(), engine.Ref{ID: "x"}); !errors.Is(err, smolvm.ErrMissing) {
 		t.Errorf("Alive: %v", err)
 	}
