@@ -32,8 +32,11 @@ const (
 	stopTimeout  = 2 * time.Second // measured: 30 ms
 	// A reload takes 20 ms by signal; without an answer by then it never comes.
 	reloadTimeout = 2 * time.Second
-	portAttempts  = 5
-	inUse         = "address already in use"
+	// A refusal is told twice: for the signal, and for the watch of the file, which
+	// waits 100 ms for more changes.
+	toldAgain    = 500 * time.Millisecond
+	portAttempts = 5
+	inUse        = "address already in use"
 )
 
 // Options is what Start needs.
@@ -70,6 +73,7 @@ type Proc struct {
 	waiting *waiter
 
 	reloading sync.Mutex
+	refused   time.Time // the last reload that failed; guarded by reloading
 }
 
 // event is one line of pipelock's log, or of its stderr.
@@ -452,13 +456,18 @@ func (p *Proc) Reload(ctx context.Context, policy []byte) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, reloadTimeout)
 	defer cancel()
-	err = p.expect(ctx, "reload", reloaded(sha), func() error {
+	match := reloaded(sha)
+	if time.Since(p.refused) < toldAgain {
+		match = sparing(match)
+	}
+	err = p.expect(ctx, "reload", match, func() error {
 		if err := replace(p.config, yaml); err != nil {
 			return fault.New(fault.CantCreate, "cannot_create", "the configuration of pipelock: %w", err)
 		}
 		return p.signal(syscall.SIGHUP)
 	})
 	if err != nil {
+		p.refused = time.Now()
 		// pipelock reads the file again when it likes: it has to hold what is in
 		// force.
 		return errors.Join(err, replace(p.config, old))
@@ -467,6 +476,20 @@ func (p *Proc) Reload(ctx context.Context, policy []byte) error {
 	p.sha = sha
 	p.mu.Unlock()
 	return nil
+}
+
+// sparing is match, but for the first failure: that is the last refusal, told
+// again.
+func sparing(match func(event) (bool, error)) func(event) (bool, error) {
+	spared := false
+	return func(e event) (bool, error) {
+		done, err := match(e)
+		if err != nil && !spared {
+			spared = true
+			return false, nil
+		}
+		return done, err
+	}
 }
 
 // reloaded matches the three ways in which pipelock 2.3 answers a reload.

@@ -327,3 +327,25 @@ func TestChoose(t *testing.T) {
 		}
 	}
 }
+
+// A refusal that pipelock tells again is not the answer to the next reload; one
+// that follows is.
+func TestRefusalIsToldTwice(t *testing.T) {
+	const refusal = `{"event":"error","method":"CONFIG_RELOAD","error":"rejected: security downgrade from strict mode"}`
+	const success = `{"event":"config_reload","status":"success","config_hash":"new"}`
+	line := func(s string) event { return event{line: []byte(s)} }
+	match := sparing(reloaded("new"))
+	if done, err := match(line(refusal)); done || err != nil {
+		t.Errorf("told again: %v, %v", done, err)
+	}
+	if done, err := match(line(success)); !done || err != nil {
+		t.Errorf("taken: %v, %v", done, err)
+	}
+	match = sparing(reloaded("new"))
+	_, _ = match(line(refusal))
+	if done, err := match(line(refusal)); !done {
+		t.Errorf("refused: %v, %v", done, err)
+	} else {
+		wantFault(t, err, "proxy_reload_refused", "security downgrade")
+	}
+}
