@@ -19,6 +19,7 @@ import (
 	"github.com/elazarl/goproxy"
 
 	"github.com/bottle-tools/bottle/lib/audit"
+	"github.com/bottle-tools/bottle/lib/policy"
 )
 
 // forwarder is goproxy for single requests, with every default replaced that is
@@ -104,7 +105,7 @@ func (g *Gate) dialHost(ctx context.Context, _, address string) (net.Conn, error
 // inspected tells if the gate terminates TLS for a tunnel. Where a secret goes
 // is the plan's alone to say: a rule that was added later takes none there.
 func (g *Gate) inspected(t *tunnel) bool {
-	return !t.Live && t.Rule.Protocol == "tls" && (t.Rule.Inspect || g.inject[t.host] != nil)
+	return !t.Live && policy.Inspected(t.Rule, t.host, g.cfg.Bottle.Secrets)
 }
 
 // exchange is one request and its answer.
