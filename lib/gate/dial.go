@@ -138,6 +138,12 @@ const nextAfter = 250 * time.Millisecond
 // dialAny dials the addresses in order, each a little after the one before, and
 // takes the first connection that comes about.
 func (g *Gate) dialAny(ctx context.Context, ips []netip.Addr, port int) (net.Conn, error) {
+	dial := func(ip netip.Addr) (net.Conn, error) {
+		return g.cfg.Dial(ctx, "tcp", netip.AddrPortFrom(ip, uint16(port)).String())
+	}
+	if len(ips) == 1 {
+		return dial(ips[0])
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type result struct {
@@ -147,11 +153,11 @@ func (g *Gate) dialAny(ctx context.Context, ips []netip.Addr, port int) (net.Con
 	results := make(chan result)
 	launched, pending := 0, 0
 	launch := func() {
-		address := netip.AddrPortFrom(ips[launched], uint16(port)).String()
+		ip := ips[launched]
 		launched++
 		pending++
 		go func() {
-			c, err := g.cfg.Dial(ctx, "tcp", address)
+			c, err := dial(ip)
 			select {
 			case results <- result{c, err}:
 			case <-ctx.Done():

@@ -18,7 +18,7 @@ import (
 // them on itself: out is guest to host, in is host to guest. It returns how many
 // it passed. A nil function leaves the direction alone.
 type opening struct {
-	out, in func(dst io.Writer, src io.Reader) (int64, error)
+	out, in func(dst, src net.Conn) (int64, error)
 }
 
 // openTLS passes on the first ClientHello, which has been checked, and looks out
@@ -27,19 +27,30 @@ type opening struct {
 func openTLS(first []byte, t *tunnel) opening {
 	retry := make(chan bool, 1)
 	return opening{
-		in: func(dst io.Writer, src io.Reader) (int64, error) {
+		in: func(dst, src net.Conn) (int64, error) {
 			defer close(retry)
-			buf := make([]byte, serverStart)
-			n, err := io.ReadFull(src, buf)
+			// What comes with the bytes that are looked at is passed on with them:
+			// mostly the whole of the server's first flight.
+			buf, n, err := reader(src)()
+			if buf != nil {
+				defer buffers.Put(buf)
+			}
+			if n > 0 && n < serverStart && err == nil {
+				var more int
+				more, err = io.ReadFull(src, buf[n:serverStart])
+				n += more
+			}
+			if n == 0 {
+				retry <- false
+				return 0, endOfStream(err)
+			}
 			retry <- isRetry(buf[:n])
-			if n > 0 {
-				if _, err := dst.Write(buf[:n]); err != nil {
-					return 0, err
-				}
+			if _, werr := dst.Write(buf[:n]); werr != nil {
+				return 0, werr
 			}
 			return int64(n), endOfStream(err)
 		},
-		out: func(dst io.Writer, src io.Reader) (int64, error) {
+		out: func(dst, src net.Conn) (int64, error) {
 			if _, err := dst.Write(first); err != nil {
 				return 0, err
 			}
@@ -111,7 +122,7 @@ func (r *relaying) limit() time.Duration {
 }
 
 // half is one direction.
-func (r *relaying) half(dst, src net.Conn, first func(io.Writer, io.Reader) (int64, error)) (n int64, err error) {
+func (r *relaying) half(dst, src net.Conn, first func(dst, src net.Conn) (int64, error)) (n int64, err error) {
 	if first != nil {
 		_ = src.SetReadDeadline(time.Now().Add(r.limits.stall))
 		n, err = first(dst, src)
@@ -168,6 +179,10 @@ func (r *relaying) hangsUp(guest net.Conn) (closed bool) {
 	return closed
 }
 
+// spliceAfter is where moving bytes through a pipe begins to take less than
+// copying them: a handshake and a small answer are below.
+const spliceAfter = 64 << 10
+
 // A buffer is only held while there is something in it: a thousand idle tunnels
 // cost no memory.
 var buffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
@@ -185,9 +200,6 @@ func (r *relaying) copy(dst, src net.Conn) (total int64, err error) {
 		}
 		r.touch()
 	}
-	if move == nil {
-		move = func() (int, error) { return 0, errNoSplice }
-	}
 	tried := false
 	var armed time.Time
 	for {
@@ -196,7 +208,10 @@ func (r *relaying) copy(dst, src net.Conn) (total int64, err error) {
 			_ = src.SetReadDeadline(now.Add(r.limit()))
 			_ = dst.SetWriteDeadline(now.Add(r.limit()))
 		}
-		n, err := move()
+		n, err := 0, errNoSplice
+		if move != nil && total >= spliceAfter {
+			n, err = move()
+		}
 		if err == errNoSplice {
 			n, err = copyOnce(dst, read)
 		}

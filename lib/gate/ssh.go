@@ -22,7 +22,7 @@ const (
 func openSSH() opening {
 	isSSH := make(chan bool, 1)
 	return opening{
-		out: func(dst io.Writer, src io.Reader) (int64, error) {
+		out: func(dst, src net.Conn) (int64, error) {
 			s := &sshStart{src: src, dst: dst, who: "the client"}
 			if err := s.version(0); err != nil {
 				return s.passed, err
@@ -32,7 +32,7 @@ func openSSH() opening {
 			}
 			return s.passed, s.firstPacket()
 		},
-		in: func(dst io.Writer, src io.Reader) (int64, error) {
+		in: func(dst, src net.Conn) (int64, error) {
 			defer close(isSSH)
 			s := &sshStart{src: src, dst: dst, who: "the host"}
 			if err := s.version(maxGreeting); err != nil {

@@ -22,7 +22,7 @@ import (
 // screening is what the gate's process computes for a body of one MiB that it
 // looks through for secrets, from its first byte in to its last byte out.
 func (b *bench) screening() error {
-	o, err := newOrigin(loopback)
+	o, err := newOrigin(loopback, 0)
 	if err != nil {
 		return err
 	}

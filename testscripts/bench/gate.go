@@ -43,6 +43,7 @@ const (
 	loopback   = "127.0.0.1"
 	publicAddr = "93.184.216.34" // within a network of the bench's own only
 	aLongWait  = 30 * time.Second
+	farAway    = 5 * time.Millisecond // the way to a host and back: one in the same town
 )
 
 var newTLSName = fmt.Sprintf("%d new TLS connections", newConns)
@@ -96,27 +97,50 @@ func (b *bench) insideNetwork() error {
 	if err := ownNetwork(); err != nil {
 		return fmt.Errorf("a network of its own: %w", err)
 	}
-	o, err := newOrigin(publicAddr)
+	far, err := newOrigin(publicAddr, farAway)
 	if err != nil {
 		return err
 	}
-	defer o.close()
-	g, err := b.startGate("tls", gateManifest([]any{map[string]any{"cidr": publicAddr + "/32", "ports": []int{o.tlsPort}}}))
+	defer far.close()
+	near, err := newOrigin(publicAddr, 0)
+	if err != nil {
+		return err
+	}
+	defer near.close()
+	g, err := b.startGate("tls", gateManifest([]any{map[string]any{"cidr": publicAddr + "/32", "ports": []int{far.tlsPort, near.tlsPort}}}))
 	if err != nil {
 		return err
 	}
 	defer g.stop()
-	direct := func() (net.Conn, error) { return net.Dial("tcp", o.tlsAddr) }
-	ours, beside, err := pairs(b.rounds,
-		func() error { return o.askAll(g.connect(o.tlsAddr)) },
-		func() error { return o.askAll(direct) }, nil, nil)
+	relaySock, stopRelay, err := b.startRelay()
 	if err != nil {
 		return err
 	}
-	b.emit(newRow(newTLSName, "ms", ours, "direct", beside, ratioAtMost(">= 0.8x direct", 1/0.8)))
-
+	defer stopRelay()
 	p, why, err := b.startPipelock(g)
 	if err != nil {
+		return err
+	}
+	if p != nil {
+		defer p.Stop()
+	}
+	direct := func(o *origin) func() (net.Conn, error) {
+		return func() (net.Conn, error) { return net.Dial("tcp", o.tlsAddr) }
+	}
+	compare := func(name string, o *origin, beside string, dial func() (net.Conn, error), l *limit) error {
+		ours, theirs, err := pairs(b.rounds,
+			func() error { return o.askAll(g.connect(o.tlsAddr)) },
+			func() error { return o.askAll(dial) }, nil, nil)
+		if err == nil {
+			b.emit(newRow(name, "ms", ours, beside, theirs, l))
+		}
+		return err
+	}
+	if err := errors.Join(
+		compare(newTLSName, far, "direct", direct(far), ratioAtMost(">= 0.8x direct", 1/0.8)),
+		compare("  to a host on this machine", near, "direct", direct(near), nil),
+		compare("  the same beside a bare relay", near, "relay", connectVia("unix", relaySock, near.tlsAddr), nil),
+	); err != nil {
 		return err
 	}
 	const name = "  the same beside pipelock"
@@ -124,15 +148,7 @@ func (b *bench) insideNetwork() error {
 		b.emit(row{Kind: "row", Name: name, Verdict: skipped, Why: why})
 		return nil
 	}
-	defer p.Stop()
-	ours, beside, err = pairs(b.rounds,
-		func() error { return o.askAll(g.connect(o.tlsAddr)) },
-		func() error { return o.askAll(connectVia("tcp", p.Addr().String(), o.tlsAddr)) }, nil, nil)
-	if err != nil {
-		return err
-	}
-	b.emit(newRow(name, "ms", ours, "pipelock", beside, nil))
-	return nil
+	return compare(name, near, "pipelock", connectVia("tcp", p.Addr().String(), near.tlsAddr), nil)
 }
 
 // ownNetwork takes the loopback interface up and gives it publicAddr.
@@ -160,7 +176,7 @@ func ownNetwork() error {
 // requestCPU is what the gate's process computes for one request when its list
 // is long: half of them are allowed and answered, half are denied.
 func (b *bench) requestCPU() error {
-	o, err := newOrigin(loopback)
+	o, err := newOrigin(loopback, 0)
 	if err != nil {
 		return err
 	}
@@ -397,7 +413,8 @@ type origin struct {
 	servers          []*http.Server
 }
 
-func newOrigin(addr string) (*origin, error) {
+// newOrigin listens on addr. What it sends takes the time away to arrive.
+func newOrigin(addr string, away time.Duration) (*origin, error) {
 	cert, err := selfSigned()
 	if err != nil {
 		return nil, err
@@ -408,6 +425,9 @@ func newOrigin(addr string) (*origin, error) {
 		l, err := net.Listen("tcp", addr+":0")
 		if err != nil {
 			return nil, err
+		}
+		if away > 0 {
+			l = &farListener{l, away}
 		}
 		s := &http.Server{Handler: hello, TLSConfig: &tls.Config{Certificates: []tls.Certificate{cert}}}
 		o.servers = append(o.servers, s)

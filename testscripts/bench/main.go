@@ -40,7 +40,8 @@ type options struct {
 	repo, json, cache string
 	only              *regexp.Regexp
 	rounds, fleet     int
-	ownNetwork        bool // this is the process that gates starts in namespaces
+	ownNetwork        bool   // this is the process that gates starts in namespaces
+	relay             string // this is startRelay's process
 	bulk              string
 	address           string // of the one that bulk starts in a bottle
 }
@@ -57,6 +58,7 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	fs.IntVar(&o.rounds, "rounds", 12, "rounds of each comparison; fewer than 10 are no median")
 	fs.IntVar(&o.fleet, "fleet", 20, "bottles that are started at once")
 	fs.BoolVar(&o.ownNetwork, "own-network", false, "for the bench itself: the rows that need a network of their own")
+	fs.StringVar(&o.relay, "relay", "", "for the bench itself: a relay that checks nothing, at `SOCKET`")
 	fs.StringVar(&o.bulk, "bulk", "", "for the bench itself: get, put or http, from the `ADDRESS` that follows")
 	if err := fs.Parse(args); err != nil {
 		return nil, err
@@ -103,6 +105,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (code int
 	}
 	if err != nil {
 		return 64, err
+	}
+	if o.relay != "" {
+		return 1, serveRelay(o.relay)
 	}
 	if o.bulk != "" {
 		mbs, err := moveBulk(o.bulk, o.address)
