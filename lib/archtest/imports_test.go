@@ -75,7 +75,7 @@ var runners = map[string]string{
 	"lib/runsc":                "runsc",
 	"lib/secret":               "the command: sources of a manifest",
 	"lib/sign":                 "ssh-keygen",
-	"lib/sidecar":              "mitmdump",
+	"lib/child":                "pipelock and mitmdump while they run, each for its package (children)",
 	"lib/smolvm":               "smolvm",
 	"lib/smolvm/wheel":         "pip, to fetch smolvm",
 	"lib/worktree":             "git, for diff",
@@ -83,6 +83,9 @@ var runners = map[string]string{
 	"lib/pipelock/pipelocktest": "the test itself, in namespaces",
 	"lib/sidecar/sidecartest":   "pip, for the real mitmdump",
 }
+
+// children are the packages whose programs lib/child runs.
+var children = []string{"lib/pipelock", "lib/sidecar"}
 
 // formats are third-party libraries of which one package makes use.
 var formats = map[string]string{
@@ -121,6 +124,9 @@ func forbidden(name, imp string) string {
 	}
 	if strings.HasPrefix(own, "testscripts/") {
 		return "the product does not use its tests"
+	}
+	if own == "lib/child" && !slices.Contains(children, name) {
+		return "each outside program has one adapter; if this is a new one, add it to children"
 	}
 	switch {
 	case kind == "lib" && strings.HasPrefix(own, "cmd/"):

@@ -6,19 +6,17 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
+	"github.com/bottle-tools/bottle/lib/child"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/proclog"
 	"github.com/tidwall/gjson"
@@ -60,12 +58,9 @@ type Proc struct {
 	opts   Options
 	run    RunOptions
 	config string // path of the run file
-	cmd    *exec.Cmd
-	log    *proclog.File
-	errs   *proclog.File
-
-	exited chan struct{}
-	status error // of Wait; read after exited is closed
+	*child.Process
+	log  *proclog.File
+	errs *proclog.File
 
 	mu      sync.Mutex // guards what follows
 	sha     string
@@ -129,7 +124,6 @@ func (p *Program) start(ctx context.Context, o Options) (*Proc, error) {
 			Own:        o.Own,
 		},
 		config: filepath.Join(o.Dir, "conf", configName),
-		exited: make(chan struct{}),
 		stderr: tail{max: maxOutput},
 	}
 	if proc.run.Own == nil {
@@ -149,7 +143,7 @@ func (p *Program) start(ctx context.Context, o Options) (*Proc, error) {
 		return nil, fault.New(fault.Unavailable, "proxy_refuses", "running %s: %w", p.Path, err)
 	}
 	if err := proc.healthy(ctx); err != nil {
-		proc.kill()
+		proc.Kill()
 		if strings.Contains(proc.words(), inUse) {
 			return nil, proc.died()
 		}
@@ -212,57 +206,27 @@ func replace(path string, b []byte) error {
 	return os.Rename(tmp, path)
 }
 
-// launch starts the process and the readers of its two streams.
-func (p *Proc) launch(path string) error {
-	p.cmd = exec.Command(path, "run", "--config", p.config)
+// launch starts the process.
+func (p *Proc) launch(path string) (err error) {
 	home := filepath.Join(p.opts.Dir, "home")
-	p.cmd.Env, p.cmd.Dir = environment(home), home
-	p.cmd.SysProcAttr = sysProcAttr()
-	stdout, err := p.cmd.StdoutPipe()
-	if err != nil {
-		return err
-	}
-	stderr, err := p.cmd.StderrPipe()
-	if err != nil {
-		return err
-	}
-	started := make(chan error, 1)
-	go func() {
-		// The kernel ties the child to the thread that started it, so the thread
-		// is kept until the child is gone, and ends with this goroutine.
-		runtime.LockOSThread()
-		err := p.cmd.Start()
-		started <- err
-		if err != nil {
-			return
-		}
-		var readers sync.WaitGroup
-		readers.Go(func() { p.read(stdout, p.log, false) })
-		readers.Go(func() { p.read(stderr, p.errs, true) })
-		readers.Wait()
-		p.status = p.cmd.Wait()
-		p.log.Close()
-		p.errs.Close()
-		close(p.exited)
-	}()
-	return <-started
-}
-
-// read takes a stream apart into lines, without end: pipelock must never block
-// on a full pipe, and no line may grow past maxLine.
-func (p *Proc) read(r io.Reader, to *proclog.File, stderr bool) {
-	const maxLine = 64 << 10
-	in := bufio.NewReaderSize(r, maxLine)
-	for {
-		line, err := in.ReadSlice('\n')
-		if len(line) > 0 {
+	p.Process, err = child.Start(child.Options{
+		Argv: []string{path, "run", "--config", p.config},
+		Env:  environment(home),
+		Dir:  home,
+		Line: func(line []byte, stderr bool) {
+			to := p.log
+			if stderr {
+				to = p.errs
+			}
 			to.Write(line)
 			p.take(event{line, stderr})
-		}
-		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
-			return
-		}
-	}
+		},
+		Ended: func() {
+			p.log.Close()
+			p.errs.Close()
+		},
+	})
+	return err
 }
 
 func (p *Proc) take(e event) {
@@ -297,7 +261,7 @@ func (p *Proc) expect(ctx context.Context, what string, match func(event) (bool,
 	select {
 	case err := <-w.done:
 		return err
-	case <-p.exited:
+	case <-p.Exited():
 		return p.died()
 	case <-ctx.Done():
 		return fault.New(fault.Unavailable, "proxy_unhealthy", "pipelock did not %s in time: %s", what, p.words())
@@ -311,7 +275,7 @@ func (p *Proc) expect(ctx context.Context, what string, match func(event) (bool,
 func (p *Proc) healthy(ctx context.Context) error {
 	for p.health(ctx) != nil {
 		select {
-		case <-p.exited:
+		case <-p.Exited():
 			return p.died()
 		case <-ctx.Done():
 			return fault.New(fault.Unavailable, "proxy_unhealthy", "pipelock did not answer on %s: %s", p.run.Listen, p.words())
@@ -380,9 +344,6 @@ func (p *Proc) mustRefuse(ctx context.Context, host string) error {
 // is never the only check.
 func (p *Proc) Addr() netip.AddrPort { return p.run.Listen }
 
-// PID is the process id, for the bottle's record.
-func (p *Proc) PID() int { return p.cmd.Process.Pid }
-
 // RunConfigSHA256 is the digest of the file that pipelock runs with, as
 // "sha256:<64 hex>".
 func (p *Proc) RunConfigSHA256() string {
@@ -391,25 +352,17 @@ func (p *Proc) RunConfigSHA256() string {
 	return "sha256:" + p.sha
 }
 
-// Exited is closed when pipelock has ended, for whatever reason.
-func (p *Proc) Exited() <-chan struct{} { return p.exited }
-
 // Wait blocks until pipelock has ended and gives the reason as a fault 69
 // (proxy_died), or nil if it ended by itself or by Stop.
 func (p *Proc) Wait() error {
-	<-p.exited
-	if p.status == nil {
+	if p.Status() == nil {
 		return nil
 	}
 	return p.died()
 }
 
 func (p *Proc) died() error {
-	<-p.exited
-	how := "exit status 0"
-	if p.status != nil {
-		how = p.status.Error()
-	}
+	how := p.How()
 	return fault.New(fault.Unavailable, "proxy_died", "pipelock ended (%s): %s", how, p.words())
 }
 
@@ -464,7 +417,10 @@ func (p *Proc) Reload(ctx context.Context, policy []byte) error {
 		if err := replace(p.config, yaml); err != nil {
 			return fault.New(fault.CantCreate, "cannot_create", "the configuration of pipelock: %w", err)
 		}
-		return p.signal(syscall.SIGHUP)
+		if err := p.Signal(syscall.SIGHUP); err != nil {
+			return fault.New(fault.Bug, "bug", "signalling pipelock: %w", err)
+		}
+		return nil
 	})
 	if err != nil {
 		p.refused = time.Now()
@@ -513,34 +469,10 @@ func reloaded(sha string) func(event) (bool, error) {
 	}
 }
 
-func (p *Proc) signal(s os.Signal) error {
-	if err := p.cmd.Process.Signal(s); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return fault.New(fault.Bug, "bug", "signalling pipelock: %w", err)
-	}
-	return nil
-}
-
 // Stop ends pipelock and returns when it is gone. Stopping it twice is fine.
 func (p *Proc) Stop() error {
-	err := p.signal(syscall.SIGTERM)
-	select {
-	case <-p.exited:
-	case <-time.After(stopTimeout):
-		p.kill()
+	if err := p.Process.Stop(stopTimeout); err != nil {
+		return fault.New(fault.Bug, "bug", "stopping pipelock: %w", err)
 	}
-	return err
-}
-
-// kill ends the whole group, since the program may be a script around pipelock.
-// Its number cannot be another's: the child is not reaped before its output has
-// ended, and that is waited for here.
-func (p *Proc) kill() {
-	select {
-	case <-p.exited:
-		return
-	default:
-	}
-	// The one error is that it has ended.
-	_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
-	<-p.exited
+	return nil
 }

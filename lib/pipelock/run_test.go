@@ -261,7 +261,7 @@ func TestReloadOfDead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.kill()
+	p.Kill()
 	wantFault(t, p.Reload(t.Context(), mustYAML(t, tls("b.example"))), "proxy_died", "signal: killed")
 }
 

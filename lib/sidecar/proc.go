@@ -14,14 +14,12 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
+	"github.com/bottle-tools/bottle/lib/child"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/proclog"
 )
@@ -39,12 +37,10 @@ type Proc struct {
 	o      Options
 	listen netip.AddrPort
 	digest string
-	cmd    *exec.Cmd
-	log    *proclog.File
-	exited chan struct{}
-	status error // of Wait; read after exited is closed
+	*child.Process
 
-	mu    sync.Mutex
+	mu    sync.Mutex // guards what follows
+	log   *proclog.File
 	words []byte // the end of what it said
 }
 
@@ -58,7 +54,7 @@ func Start(o Options, at netip.AddrPort) (*Proc, error) {
 			return nil, fault.New(fault.Unavailable, "sidecar_failed", "a port for mitmdump: %w", err)
 		}
 	}
-	p := &Proc{o: o, listen: at, exited: make(chan struct{}), log: &proclog.File{Path: filepath.Join(o.Dir, "mitmdump.log")}}
+	p := &Proc{o: o, listen: at, log: &proclog.File{Path: filepath.Join(o.Dir, "mitmdump.log")}}
 	if p.digest, err = lay(&o, at); err != nil {
 		return nil, err
 	}
@@ -92,62 +88,26 @@ func Argv(program, dir, back string) []string {
 	return []string{program, "--set", "confdir=" + filepath.Join(dir, "conf"), "--mode", "upstream:http://" + back}
 }
 
-func (p *Proc) launch() error {
+func (p *Proc) launch() (err error) {
 	home := filepath.Join(p.o.Dir, "home")
-	argv := Argv(p.o.Program, p.o.Dir, p.o.Back)
-	p.cmd = exec.Command(argv[0], argv[1:]...)
-	p.cmd.Env, p.cmd.Dir = environment(home), home
-	p.cmd.SysProcAttr = sysProcAttr()
-	r, w, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	p.cmd.Stdout, p.cmd.Stderr = w, w
-	started := make(chan error, 1)
-	go func() {
-		// The kernel ties the child to the thread that started it, so the thread
-		// is kept until the child is gone, and ends with this goroutine.
-		runtime.LockOSThread()
-		err := p.cmd.Start()
-		w.Close()
-		started <- err
-		if err != nil {
-			r.Close()
-			return
-		}
-		var reader sync.WaitGroup
-		reader.Go(func() { p.read(r) })
-		// Of what it has started nothing may be left to run on, or to hold the
-		// pipe. Before it is reaped its number cannot be another's.
-		if awaitEnd(p.cmd.Process.Pid) {
-			_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
-		}
-		p.status = p.cmd.Wait()
-		reader.Wait()
-		p.log.Close()
-		close(p.exited)
-	}()
-	return <-started
+	p.Process, err = child.Start(child.Options{
+		Argv: Argv(p.o.Program, p.o.Dir, p.o.Back),
+		Env:  environment(home),
+		Dir:  home,
+		Line: func(line []byte, _ bool) { p.take(line) },
+		// No line comes any more that could be written at the same time.
+		Ended: func() { p.log.Close() },
+	})
+	return err
 }
 
-// read takes what it says, without end: it must never block on a full pipe.
-func (p *Proc) read(r io.ReadCloser) {
-	defer r.Close()
-	in := bufio.NewReaderSize(r, 64<<10)
-	for {
-		line, err := in.ReadSlice('\n')
-		if len(line) > 0 {
-			p.log.Write(line)
-			p.mu.Lock()
-			p.words = append(p.words, line...)
-			if over := len(p.words) - maxWords; over > 0 {
-				p.words = append(p.words[:0], p.words[over:]...)
-			}
-			p.mu.Unlock()
-		}
-		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
-			return
-		}
+func (p *Proc) take(line []byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.log.Write(line)
+	p.words = append(p.words, line...)
+	if over := len(p.words) - maxWords; over > 0 {
+		p.words = append(p.words[:0], p.words[over:]...)
 	}
 }
 
@@ -167,7 +127,7 @@ func (p *Proc) Ready(ctx context.Context) error {
 			return err
 		}
 		select {
-		case <-p.exited:
+		case <-p.Exited():
 			return p.Wait()
 		case <-ctx.Done():
 			return fault.New(fault.Unavailable, "sidecar_failed", "mitmdump does not serve (%w)%s", err, p.said())
@@ -249,22 +209,12 @@ func (p *Proc) Addr() netip.AddrPort { return p.listen }
 // Auth is what it asks of the gate.
 func (p *Proc) Auth() string { return p.o.Auth }
 
-// PID is the process id, for the bottle's record.
-func (p *Proc) PID() int { return p.cmd.Process.Pid }
-
 // RunConfigSHA256 is the digest of its options and addons.
 func (p *Proc) RunConfigSHA256() string { return p.digest }
 
-// Exited is closed when it has ended, for whatever reason.
-func (p *Proc) Exited() <-chan struct{} { return p.exited }
-
 // Wait blocks until it has ended and says why, as a fault 69 (sidecar_failed).
 func (p *Proc) Wait() error {
-	<-p.exited
-	how := "exit status 0"
-	if p.status != nil {
-		how = p.status.Error()
-	}
+	how := p.How()
 	return fault.New(fault.Unavailable, "sidecar_failed", "mitmdump ended (%s)%s", how, p.said()).
 		WithHint("an addon that cannot be loaded ends it, too; try it by itself: mitmdump -s ADDON")
 }
@@ -282,18 +232,4 @@ func (p *Proc) said() string {
 }
 
 // Stop ends it and returns when it is gone. Stopping it twice is fine.
-func (p *Proc) Stop() {
-	_ = p.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-p.exited:
-		return
-	case <-time.After(stopTimeout):
-	}
-	// Its number cannot be another's: it is not reaped before exited is closed.
-	select {
-	case <-p.exited:
-	default:
-		_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
-		<-p.exited
-	}
-}
+func (p *Proc) Stop() { _ = p.Process.Stop(stopTimeout) }

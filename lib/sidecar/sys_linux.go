@@ -2,33 +2,12 @@ package sidecar
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"strconv"
 	"strings"
-	"syscall"
-
-	"golang.org/x/sys/unix"
 )
-
-// sysProcAttr keeps the terminal's signals away from mitmdump, and ends it with
-// us however we end.
-func sysProcAttr() *syscall.SysProcAttr {
-	return &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-}
-
-// awaitEnd waits for a child to end and leaves it to be reaped; false where that
-// cannot be.
-func awaitEnd(pid int) bool {
-	for {
-		err := unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
-		if !errors.Is(err, unix.EINTR) {
-			return err == nil
-		}
-	}
-}
 
 // listener gives the user whose process listens on a port, from /proc/net/tcp
 // (proc_net_tcp.txt in the kernel's documentation).

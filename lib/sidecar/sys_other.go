@@ -5,14 +5,7 @@ package sidecar
 import (
 	"net/netip"
 	"os"
-	"syscall"
 )
-
-func sysProcAttr() *syscall.SysProcAttr {
-	return &syscall.SysProcAttr{Setpgid: true}
-}
-
-func awaitEnd(int) bool { return false }
 
 // listener: the port counts as ours, since bottles run on Linux only.
 func listener(netip.AddrPort) (uid int, ok bool) { return os.Geteuid(), true }

@@ -1,9 +1,11 @@
 //go:build !linux
 
-package pipelock
+package child
 
 import "syscall"
 
 func sysProcAttr() *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Setpgid: true}
 }
+
+func awaitEnd(int) bool { return false }
