@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -39,6 +40,9 @@ type Client struct {
 	Env     []string      // its whole environment; nil means ours
 	Timeout time.Duration // for calls without a guest; 0 means DefaultTimeout
 	Version Version
+	// StateDir is where smolvm keeps all that it has (--state-dir, an absolute
+	// path); "" is its own place. Releases without it refuse every call.
+	StateDir string
 	// BootTimeout bounds create, start, stop, delete and cp; 0 means the constant.
 	BootTimeout time.Duration
 }
@@ -168,14 +172,32 @@ func (c *Client) startError(ctx context.Context, op string, limit time.Duration,
 
 // call runs a control subcommand; any status but zero is its typed error.
 func (c *Client) call(ctx context.Context, op string, limit time.Duration, args []string) (Result, error) {
+	if err := c.checkStateDir(op); err != nil {
+		return Result{Code: -1}, err
+	}
 	r, err := c.run(ctx, op, limit, args)
-	if err != nil {
+	if err != nil || r.Code == 0 {
 		return r, err
 	}
-	if r.Code != 0 {
-		return r, classify(op, r.Code, string(r.Stderr))
+	e := c.failed(op, r)
+	if unknownFlag(e) == errorFormatFlag[0] {
+		// No call needs it, and one that is refused for its arguments did nothing.
+		if r, err = c.run(ctx, op, limit, without(args, errorFormatFlag)); err != nil || r.Code == 0 {
+			return r, err
+		}
+		e = c.failed(op, r)
 	}
-	return r, nil
+	return r, e
+}
+
+// without gives args without the first place where part stands.
+func without(args, part []string) []string {
+	for i := range args {
+		if len(args)-i >= len(part) && slices.Equal(args[i:i+len(part)], part) {
+			return append(slices.Clone(args[:i]), args[i+len(part):]...)
+		}
+	}
+	return args
 }
 
 // killGroup ends the process group that Setpgid made.

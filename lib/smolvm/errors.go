@@ -72,8 +72,8 @@ var faults = map[error]fault.Error{
 	ErrGarbage:       {Exit: fault.Unavailable, Code: "smolvm_garbage", Hint: "run the same smolvm by hand and see what it prints; reinstall it if need be"},
 	ErrTooMuch:       {Exit: fault.Unavailable, Code: "smolvm_garbage", Hint: "run the same smolvm by hand and see what it prints; reinstall it if need be"},
 	ErrTimeout:       {Exit: fault.Unavailable, Code: "smolvm_timeout", Hint: "run the same smolvm by hand; a machine that hangs is ended by: smolvm machine delete --name NAME -f"},
-	ErrUsage:         {Exit: fault.Unavailable, Code: "smolvm_usage", Hint: "this version of smolvm lacks a flag that is needed; install the newest smolmachines"},
-	ErrUnsupported:   {Exit: fault.Host, Code: "smolvm_unsupported", Hint: "install the newest smolmachines, or use runtime gvisor"},
+	ErrUsage:         {Exit: fault.Unavailable, Code: "smolvm_usage", Hint: InstallHint},
+	ErrUnsupported:   {Exit: fault.Host, Code: "smolvm_unsupported", Hint: InstallHint + "; or use runtime gvisor"},
 	ErrNotFound:      {Exit: fault.Unavailable, Code: "smolvm_not_found", Hint: "see what there is with: smolvm machine ls"},
 	ErrAlreadyExists: {Exit: fault.CantCreate, Code: "smolvm_exists", Hint: "delete it with: smolvm machine delete --name NAME -f"},
 	ErrNotRunning:    {Exit: fault.Unavailable, Code: "smolvm_not_running", Hint: "see its state with: smolvm machine status --name NAME"},
@@ -104,7 +104,8 @@ var markers = []struct {
 }{
 	{"KvmOpen", ErrKVM},
 	{"KVM not available", ErrKVM},
-	{"/dev/kvm", ErrKVM}, // kvm permission denied: Cannot access /dev/kvm
+	{"/dev/kvm", ErrKVM},                  // kvm permission denied: Cannot access /dev/kvm
+	{"mount source not found", ErrFailed}, // its code is NOT_FOUND, and no machine is missing
 	{"vm not found", ErrNotFound},
 	{"' not found", ErrNotFound}, // status --json: machine 'x' not found
 	{"already exists", ErrAlreadyExists},
@@ -208,6 +209,30 @@ func oneLine(s string) string {
 		}
 	}
 	return bound(strings.Join(lines, "; "), 1<<10)
+}
+
+// failed makes the typed error of a call that this smolvm refused. A flag that it
+// does not know is named: a newer smolvm may have given it up.
+func (c *Client) failed(op string, r Result) *Error {
+	e := classify(op, r.Code, string(r.Stderr))
+	if flag := unknownFlag(e); flag != "" {
+		e.Detail = fmt.Sprintf("%s is smolvm %s, which does not know %s", c.Bin, c.Version, flag)
+	}
+	return e
+}
+
+// unknownFlag gives the flag that clap does not know, or "".
+func unknownFlag(e *Error) string {
+	if e.Kind != ErrUsage {
+		return ""
+	}
+	_, rest, ok := strings.Cut(e.Stderr, "unexpected argument '-")
+	flag, _, closed := strings.Cut(rest, "'")
+	if !ok || !closed || flag == "" {
+		return ""
+	}
+	flag, _, _ = strings.Cut(flag, "=")
+	return "-" + flag
 }
 
 func unsupported(op string, have, need Version, what string) *Error {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/smolvm/smolvmtest"
+	"github.com/bottle-tools/bottle/lib/smolvm/wheel"
 	"github.com/bottle-tools/bottle/testscripts/fakesmolvm"
 )
 
@@ -117,6 +118,28 @@ func TestArgvShapeOfEverySubcommand(t *testing.T) {
 			_, err := c.MachineExecAttached(ctx, "a", Attached{TTY: true}, "sh")
 			return err
 		}, "machine exec --name a -i -t -- sh"},
+		{"exec user", newest, "", func(c *Client) error {
+			_, err := c.MachineExec(ctx, "a", ExecOptions{User: "1000:1000"}, "id")
+			return err
+		}, "machine exec --name a --user 1000:1000 --error-format json -- id"},
+		{"exec unknown newer", Version{2, 0, 0}, "", func(c *Client) error {
+			_, err := c.MachineExec(ctx, "a", ExecOptions{}, "true")
+			return err
+		}, "machine exec --name a -- true"},
+		{"create credential", newest, "", func(c *Client) error {
+			return c.MachineCreate(ctx, "a", CreateSpec{Credentials: []Credential{{"TOKEN", "TOKEN", []string{"api.example.com", "b.example.com"}}}})
+		}, "machine create --name a --credential TOKEN=TOKEN@api.example.com,b.example.com --error-format json"},
+		{"create state-dir", newest, "", func(c *Client) error {
+			c.StateDir = "/s"
+			return c.MachineCreate(ctx, "a", CreateSpec{Command: []string{"x"}})
+		}, "machine create --name a --error-format json --state-dir /s -- x"},
+		{"ls state-dir", newest, "[]", func(c *Client) error { c.StateDir = "/s"; _, err := c.MachineLs(ctx); return err }, "machine ls --json --state-dir /s"},
+		{"cp state-dir", newest, "", func(c *Client) error { c.StateDir = "/s"; return c.MachineCp(ctx, "/f", "a:/g") }, "machine cp --error-format json --state-dir /s /f a:/g"},
+		{"exec state-dir", Version{2, 0, 0}, "", func(c *Client) error {
+			c.StateDir = "/s"
+			_, err := c.MachineExec(ctx, "a", ExecOptions{}, "true")
+			return err
+		}, "machine exec --name a --state-dir /s -- true"},
 		{"pack image", flag, "", func(c *Client) error { return c.PackCreate(ctx, PackSpec{Image: "/i.tar", Output: "/p"}) }, "pack create --image /i.tar -o /p"},
 		{"pack vm", flag, "", func(c *Client) error { return c.PackCreate(ctx, PackSpec{FromVM: "a", Output: "/p"}) }, "pack create --from-vm a -o /p"},
 		{"help", flag, "", func(c *Client) error { _, err := c.Help(ctx, "machine", "cp"); return err }, "machine cp --help"},
@@ -484,6 +507,26 @@ func TestDialects(t *testing.T) {
 	if err := c.MachineCreate(ctx, "a", CreateSpec{Labels: []Label{{"a", "b"}}}); !errors.Is(err, ErrUnsupported) {
 		t.Errorf("label: %v", err)
 	}
+	c.Version = Version{1, 14, 3}
+	if _, err := c.MachineExec(ctx, "a", ExecOptions{User: "1000"}, "id"); !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "1.15.0") {
+		t.Errorf("--user: %v", err)
+	}
+	c.Version = Version{1, 25, 1}
+	if err := c.MachineCreate(ctx, "a", CreateSpec{Credentials: []Credential{{"A", "A", []string{"h"}}}}); !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "1.25.2") {
+		t.Errorf("--credential: %v", err)
+	}
+	// Without --state-dir no call may act on smolvm's own state in its place.
+	c.Version, c.StateDir = Version{1, 28, 1}, "/s"
+	_, lsErr := c.MachineLs(ctx)
+	_, execErr := c.MachineExec(ctx, "a", ExecOptions{}, "true")
+	_, attachedErr := c.MachineExecAttached(ctx, "a", Attached{}, "true")
+	for what, err := range map[string]error{"ls": lsErr, "exec": execErr, "attached": attachedErr,
+		"create": c.MachineCreate(ctx, "a", CreateSpec{}), "delete": c.MachineDelete(ctx, "a"), "cp": c.MachineCp(ctx, "/a", "b:/c")} {
+		if !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "--state-dir needs smolvm 1.31.0, this is 1.28.1") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	c.StateDir = ""
 	c.Version = Version{1, 9, 1}
 	if err := c.MachineCreate(ctx, "a", CreateSpec{Sockets: []Socket{{"/a:b", "/b"}}}); err == nil || !strings.Contains(err.Error(), "colon") {
 		t.Errorf("colon: %v", err)
@@ -493,6 +536,55 @@ func TestDialects(t *testing.T) {
 	old.Version = Version{1, 0, 1}
 	if err := old.MachineCreate(ctx, "vm-pos", CreateSpec{}); !errors.Is(err, ErrUsage) || !strings.Contains(err.Error(), "unexpected argument") {
 		t.Errorf("%v", err)
+	}
+}
+
+// A release that nobody has seen works as long as it knows the flags that are
+// needed; else the error names the flag, and a release that has it.
+func TestUnknownNewerVersions(t *testing.T) {
+	ctx := t.Context()
+	refuse := func(flag string) string {
+		return `case "$*" in --version) echo "smolvm 2.7.0"; exit;; *"` + flag + `"*) printf "error: unexpected argument '` + flag + `' found\n\nUsage: smolvm machine create\n" >&2; exit 2;; esac
+if [ "$2" = ls ]; then echo '[]'; fi`
+	}
+	full := CreateSpec{Labels: []Label{{"owner", "bottle"}}, Sockets: []Socket{{"/a", "/b"}}, Command: []string{"x"}}
+	for flag, call := range map[string]func(*Client) error{
+		"--mount-socket": func(c *Client) error { return c.MachineCreate(ctx, "a", full) },
+		"--label":        func(c *Client) error { return c.MachineCreate(ctx, "a", full) },
+		"--name":         func(c *Client) error { return c.MachineStart(ctx, "a") },
+		"-f":             func(c *Client) error { return c.MachineDelete(ctx, "a") },
+		"-i":             func(c *Client) error { _, err := c.MachineExecAttached(ctx, "a", Attached{}, "true"); return err },
+		"-w":             func(c *Client) error { _, err := c.MachineExec(ctx, "a", ExecOptions{Dir: "/"}, "true"); return err },
+	} {
+		bin := script(t, refuse(flag)).Bin
+		c, err := Open(ctx, bin, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = call(c)
+		f := fault.As(err)
+		if !errors.Is(err, ErrUsage) || !strings.Contains(err.Error(), "is smolvm 2.7.0, which does not know "+flag) || f.Exit != fault.Unavailable || !strings.Contains(f.Hint, wheel.Newest) {
+			t.Errorf("%s: %v (hint %q)", flag, err, f.Hint)
+		}
+	}
+	// Errors as JSON are not needed.
+	c, err := Open(ctx, script(t, refuse("--error-format")).Bin, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(c.MachineCreate(ctx, "a", full), c.MachineStart(ctx, "a"), c.MachineDelete(ctx, "a"), c.MachineCp(ctx, "/a", "b:/c")); err != nil {
+		t.Errorf("without --error-format: %v", err)
+	}
+	if r, err := c.MachineExec(ctx, "a", ExecOptions{}, "true"); err != nil || r.Code != 0 {
+		t.Errorf("exec without --error-format: %+v, %v", r, err)
+	}
+	// The call without it fails as any other does.
+	c.Bin = script(t, refuse("--error-format")+"\necho 'Error: vm not found: a' >&2; exit 1").Bin
+	if err := c.MachineStart(ctx, "a"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("%v", err)
+	}
+	if NewestTested.String() != wheel.Newest || !strings.Contains(InstallHint, wheel.Newest) {
+		t.Errorf("NewestTested is %s, the hint %q; %s is pinned", NewestTested, InstallHint, wheel.Newest)
 	}
 }
 

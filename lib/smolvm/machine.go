@@ -44,12 +44,30 @@ func (c *Client) named(verb, name string) ([]string, error) {
 	return nil, unsupported("machine "+verb, c.Version, sinceMachine, "the machine commands")
 }
 
-// errorFormat asks for errors as JSON, with a stable code, where that exists.
-func (c *Client) errorFormat(args []string) []string {
-	if c.Version.Less(sinceErrorFormat) {
+var errorFormatFlag = []string{"--error-format", "json"}
+
+// common adds the flags of every subcommand: errors as JSON, with a stable code,
+// where that exists, and where smolvm keeps its state.
+func (c *Client) common(args []string) []string {
+	if !c.Version.Less(sinceErrorFormat) {
+		args = append(args, errorFormatFlag...)
+	}
+	return c.stateDir(args)
+}
+
+func (c *Client) stateDir(args []string) []string {
+	if c.StateDir == "" {
 		return args
 	}
-	return append(args, "--error-format", "json")
+	return append(args, "--state-dir", c.StateDir)
+}
+
+// checkStateDir refuses what would act on another state than it is meant for.
+func (c *Client) checkStateDir(op string) error {
+	if c.StateDir != "" && c.Version.Less(sinceStateDir) {
+		return unsupported(op, c.Version, sinceStateDir, "--state-dir")
+	}
+	return nil
 }
 
 // Label is one --label KEY=VALUE.
@@ -85,6 +103,18 @@ type CreateSpec struct {
 	Volumes  []Volume
 	Sockets  []Socket
 	Command  []string // workload of an image machine, run at every start
+
+	// Credentials implies a network: a bottle, which has none, does not use it,
+	// and its gate puts secrets in.
+	Credentials []Credential
+}
+
+// Credential is a value of smolvm's own environment that guests use without
+// seeing it: they find a placeholder in Env, and smolvm puts the value in on the
+// way to one of the hosts.
+type Credential struct {
+	Name, Env string
+	Hosts     []string
 }
 
 // MachineCreate records a new machine and starts nothing. There is no argument
@@ -128,7 +158,13 @@ func (c *Client) MachineCreate(ctx context.Context, name string, s CreateSpec) e
 		}
 		args = append(args, "--mount-socket", k.Host+":"+k.Guest)
 	}
-	args = c.errorFormat(args)
+	if len(s.Credentials) > 0 && c.Version.Less(sinceCredential) {
+		return unsupported(op, c.Version, sinceCredential, "--credential")
+	}
+	for _, k := range s.Credentials {
+		args = append(args, "--credential", k.Name+"="+k.Env+"@"+strings.Join(k.Hosts, ","))
+	}
+	args = c.common(args)
 	if len(s.Command) > 0 {
 		args = append(append(args, "--"), s.Command...)
 	}
@@ -156,7 +192,7 @@ func (c *Client) verb(ctx context.Context, verb, name string, limit time.Duratio
 	if err != nil {
 		return err
 	}
-	_, err = c.call(ctx, "machine "+verb, limit, c.errorFormat(append(args, flags...)))
+	_, err = c.call(ctx, "machine "+verb, limit, c.common(append(args, flags...)))
 	return err
 }
 
@@ -170,7 +206,7 @@ func (c *Client) MachineDelete(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	r, err := c.call(ctx, op, c.bootTimeout(), c.errorFormat(append(args, "-f")))
+	r, err := c.call(ctx, op, c.bootTimeout(), c.common(append(args, "-f")))
 	if err != nil {
 		return err
 	}
@@ -194,7 +230,7 @@ func (c *Client) MachineDataDir(ctx context.Context, name string) (string, error
 	if err != nil {
 		return "", err
 	}
-	r, err := c.call(ctx, op, c.timeout(), c.errorFormat(args))
+	r, err := c.call(ctx, op, c.timeout(), c.common(args))
 	if err != nil {
 		return "", err
 	}
@@ -216,10 +252,7 @@ func (c *Client) MachineCp(ctx context.Context, src, dst string) error {
 	if c.Version.Less(sinceCp) {
 		return unsupported(op, c.Version, sinceCp, "cp")
 	}
-	args := []string{"machine", "cp"}
-	if !c.Version.Less(sinceErrorFormat) {
-		args = append(args, "--error-format", "json")
-	}
+	args := c.common([]string{"machine", "cp"})
 	if flagLike(src) || flagLike(dst) {
 		args = append(args, "--") // a file name is not a flag
 	}
@@ -259,7 +292,7 @@ func (c *Client) MachineLs(ctx context.Context) ([]Machine, error) {
 	if c.Version.Less(sinceMachine) {
 		return nil, unsupported(op, c.Version, sinceMachine, "the machine commands")
 	}
-	r, err := c.call(ctx, op, c.timeout(), []string{"machine", "ls", "--json"})
+	r, err := c.call(ctx, op, c.timeout(), c.stateDir([]string{"machine", "ls", "--json"}))
 	if err != nil {
 		return nil, err
 	}
@@ -285,7 +318,7 @@ func (c *Client) MachineStatus(ctx context.Context, name string) (Machine, error
 	if err != nil {
 		return Machine{}, err
 	}
-	r, err := c.call(ctx, op, c.timeout(), c.errorFormat(append(args, "--json")))
+	r, err := c.call(ctx, op, c.timeout(), c.common(append(args, "--json")))
 	if err != nil {
 		return Machine{}, err
 	}
@@ -365,7 +398,7 @@ func (c *Client) PackCreate(ctx context.Context, s PackSpec) error {
 	default:
 		args = append(args, "--from-vm", s.FromVM)
 	}
-	_, err := c.call(ctx, op, PackTimeout, c.errorFormat(append(args, "-o", s.Output)))
+	_, err := c.call(ctx, op, PackTimeout, c.common(append(args, "-o", s.Output)))
 	return err
 }
 

@@ -10,8 +10,10 @@ import (
 // Version is a release of smolvm: major, minor, patch.
 type Version [3]int
 
-// Releases at which the command line changed. Source: smolvm's own tags and
-// the --help texts of 1.9.1, 1.15.0, 1.25.2 and 1.32.2.
+// Releases at which the command line changed. Source: smolvm's own tags up to
+// 1.9.3. Later ones are the oldest release whose --help was read and has the flag:
+// 1.12.0 has no --user, 1.15.0 no --credential, 1.27.3 no --error-format and
+// 1.28.1 no --state-dir.
 var (
 	firstRelease     = Version{0, 1, 0}  // older: another project's numbers
 	sinceMachine     = Version{0, 2, 0}  // "smolvm machine …"
@@ -21,8 +23,18 @@ var (
 	SinceSockets     = Version{1, 7, 5}  // mounted sockets that do not hang (fix 837)
 	SinceContainers  = Version{1, 8, 0}  // mounted sockets that reach an image's container (fix 867)
 	sinceLabel       = Version{1, 8, 0}  // --label
-	sinceErrorFormat = Version{1, 32, 0} // --error-format json
+	sinceUser        = Version{1, 15, 0} // exec --user
+	sinceCredential  = Version{1, 25, 2} // --credential
+	sinceErrorFormat = Version{1, 28, 1} // --error-format json
+	sinceStateDir    = Version{1, 31, 0} // --state-dir
+
+	// NewestTested is the newest release that answers were recorded from. Newer
+	// ones are taken to know what it knows, until they say otherwise.
+	NewestTested = Version{1, 32, 2}
 )
+
+// InstallHint says how to get a release that can do all that is needed.
+const InstallHint = "bottle-vm doctor --install smolvm installs 1.32.2 (the Python package smolmachines); BOTTLE_SMOLVM names it where another one is on PATH"
 
 // Compiled when it is first needed: every start of a tool would pay for it.
 var versionLine = sync.OnceValue(func() *regexp.Regexp {

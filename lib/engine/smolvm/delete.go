@@ -126,7 +126,7 @@ func monitorOf(pid int, dirs []string) bool {
 // waitEnd blocks until the guest's monitor has ended.
 func waitEnd(ctx context.Context, pid int) error {
 	if pid <= 0 {
-		return fault.New(fault.Unavailable, "smolvm_no_pid", "smolvm does not tell the process of its guest").WithHint("%s", install)
+		return fault.New(fault.Unavailable, "smolvm_no_pid", "smolvm does not tell the process of its guest").WithHint("%s", smolvm.InstallHint)
 	}
 	return waitProcess(ctx, pid)
 }

@@ -130,8 +130,6 @@ func (e *Engine) Version(ctx context.Context) (string, error) {
 	return c.Version.String(), nil
 }
 
-const install = "install the newest Python package smolmachines (its smol/smol-vmm is the smolvm command)"
-
 func checkVersion(c *smolvm.Client) error {
 	what := ""
 	switch {
@@ -145,7 +143,7 @@ func checkVersion(c *smolvm.Client) error {
 		return nil
 	}
 	return fault.New(fault.Unavailable, "smolvm_too_old", "%s is smolvm %s, which %s; a bottle needs %s or newer",
-		c.Bin, c.Version, what, smolvm.SinceContainers).WithHint(install)
+		c.Bin, c.Version, what, smolvm.SinceContainers).WithHint("%s", smolvm.InstallHint)
 }
 
 // checkUser refuses root unless smolvm's own change of user is off. As root

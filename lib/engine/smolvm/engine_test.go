@@ -136,6 +136,9 @@ func TestAvailable(t *testing.T) {
 			continue
 		}
 		wantFault(t, err, fault.Unavailable, code, "smolmachines")
+		if code == "smolvm_too_old" {
+			wantFault(t, err, fault.Unavailable, code, "is smolvm "+v, "1.8.0 or newer", "bottle-vm doctor --install smolvm", smolvm.NewestTested.String())
+		}
 		if v == "1.6.4" && !strings.Contains(err.Error(), "hang") {
 			t.Errorf("%v", err)
 		}
@@ -369,6 +372,26 @@ func TestStartFails(t *testing.T) {
 }
 
 // A guest that is never ready is not tried twice: that would be a minute.
+// A newer smolvm that gave up a flag: the bottle is refused, the flag named, and a
+// version that has it.
+func TestNewerWithoutANeededFlag(t *testing.T) {
+	s := newSpec(t)
+	argv := createArgv(s)
+	at := slices.Index(argv, "--")
+	asJSON := append(append(slices.Clone(argv[:at]), "--error-format", "json"), argv[at:]...)
+	gone := "error: unexpected argument '--mount-socket' found\n\nUsage: smolvm machine create [OPTIONS] --name <NAME> [-- <COMMAND>...]\n"
+	missing := `{"error":{"code":"NOT_FOUND","message":"vm not found: dev-0123abcd"}}` + "\n"
+	e, _ := scripted(t, version("2.7.0"),
+		answer(2, "", gone, asJSON...),
+		answer(1, "", missing, "machine", "data-dir", "--name", s.ID, "--error-format", "json"),
+		answer(1, "", missing, "machine", "status", "--name", s.ID, "--json", "--error-format", "json"))
+	_, err := e.Start(t.Context(), s)
+	wantFault(t, err, fault.Unavailable, "smolvm_usage", "smolvm 2.7.0, which does not know --mount-socket", "bottle-vm doctor --install smolvm", smolvm.NewestTested.String())
+	if _, err := os.Stat(filepath.Join(s.Dir, "smolvm")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("something is left: %v", err)
+	}
+}
+
 func TestNeverReadyIsNotRetried(t *testing.T) {
 	s := newSpec(t)
 	e, f := scripted(t, version("1.9.1"),
