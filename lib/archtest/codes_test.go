@@ -59,7 +59,6 @@ var untested = map[string]string{
 	"no_user_namespaces": "a host that forbids user namespaces",
 	"no_git":             "a host without git",
 	"workspace_too_big":  "a million files take longer to make than all other tests",
-	"smolvm_data_dir":    "machine data-dir fails for a machine that was just listed",
 	"smolvm_no_pid":      "a running machine without a pid",
 	"bad_record":         "a record of a major version that does not exist yet",
 }

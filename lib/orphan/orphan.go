@@ -100,11 +100,12 @@ type RunDir struct {
 	InUse   bool // somebody answers on a socket in it
 }
 
-// VM is a machine of an engine that carries our label.
+// VM is a machine of an engine that carries our labels.
 type VM struct {
-	Name    string    // a vm.id
-	State   string    // as the engine calls it
-	Created time.Time // zero when unknown
+	Name    string        // a vm.id
+	State   string        // as the engine calls it
+	Created time.Time     // zero when unknown
+	Maker   *plan.Process // of a machine for a boot check, which has no bottle: who waits for it
 }
 
 // Decide gives the orphans, by bottle, in the order of their removal.
@@ -121,8 +122,15 @@ func Decide(f Facts) []Orphan {
 		if _, ours := plan.SplitVMID(m.Name); !ours || known[m.Name] || f.elsewhere(m) {
 			continue
 		}
-		all = append(all, Orphan{Kind: Machine, ID: m.Name, Action: "delete",
-			Evidence: []string{"carries our label and no bottle of this name exists", "state " + m.State}})
+		why := []string{"carries our labels and no bottle of this name exists"}
+		if m.Maker != nil {
+			gone := f.gone(*m.Maker)
+			if gone == "" {
+				continue
+			}
+			why = append(why, "what made it, "+describe(*m.Maker)+", "+gone)
+		}
+		all = append(all, Orphan{Kind: Machine, ID: m.Name, Action: "delete", Evidence: append(why, "state "+m.State)})
 	}
 	for _, d := range f.RunDirs {
 		if d.UID != f.UID || d.InUse || claimed[filepath.Base(d.Path)] || f.young(d.Changed) {

@@ -112,6 +112,11 @@ func TestDecide(t *testing.T) {
 				VM{Name: "not ours"})
 			f.RunDirs = append(f.RunDirs, RunDir{Path: "/r/22222222", UID: 1000, InUse: true})
 		}, "machine", "state stopped"},
+		{"a machine of a boot check", func(f *Facts, b *Bottle) {
+			waits, dead := proc(3), proc(99)
+			f.Machines = append(f.Machines, VM{Name: "bottle-check-11111111", State: "created", Maker: &waits},
+				VM{Name: "bottle-check-22222222", State: "running", Maker: &dead})
+		}, "machine", "what made it, pid 99"},
 		{"cache", func(f *Facts, b *Bottle) { f.Cache = []string{"/c/tmp-1"} }, "cache", "its lock is free"},
 		{"at once", func(f *Facts, b *Bottle) { f.MinAge, b.Record, b.Changed = 0, nil, now }, "socket folder", ""},
 	} {

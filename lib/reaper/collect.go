@@ -20,8 +20,9 @@ import (
 
 // Sources are the resources outside the state folder; each may be nil.
 type Sources struct {
-	// Machines lists the machines that carry our label, DeleteMachine ends one
-	// by name (one that is gone is success).
+	// Machines lists the machines that were made for bottles of this state
+	// folder, DeleteMachine ends one of them by name (one that is gone, or is
+	// another machine by now, is success).
 	Machines      func(ctx context.Context) ([]orphan.VM, error)
 	DeleteMachine func(ctx context.Context, name string) error
 	// StaleCache names what dead packers left in the image cache, SweepCache
@@ -45,6 +46,11 @@ func Collect(ctx context.Context, root *state.Root, now time.Time, minAge time.D
 	if src.Machines != nil {
 		f.Machines, err = src.Machines(ctx)
 		errs = append(errs, err)
+		for _, m := range f.Machines {
+			if m.Maker != nil {
+				see(&f, *m.Maker)
+			}
+		}
 	}
 	if src.StaleCache != nil {
 		f.Cache, err = src.StaleCache()
@@ -120,11 +126,16 @@ func record(f *orphan.Facts, rec *state.Record) *orphan.Record {
 		ask = append(ask, c.Process)
 	}
 	for _, p := range ask {
-		if now, err := state.Identify(p.PID); err == nil {
-			f.Seen[p.PID] = now
-		}
+		see(f, p)
 	}
 	return r
+}
+
+// see notes what process has the pid of p now.
+func see(f *orphan.Facts, p plan.Process) {
+	if now, err := state.Identify(p.PID); err == nil {
+		f.Seen[p.PID] = now
+	}
 }
 
 // locked tells whether somebody holds the bottle's lock. It makes no file.

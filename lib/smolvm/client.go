@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"os/exec"
 	"regexp"
 	"slices"
@@ -73,10 +74,12 @@ func (c *Client) DetectVersion(ctx context.Context) (Version, error) {
 	}
 	line := strings.TrimSpace(string(r.Stdout))
 	v, perr := ParseVersion(line)
-	if perr == nil && r.Code == 0 && !v.Less(firstRelease) {
+	// The Python package may outgrow 0.0 one day; what is too old for a bottle is
+	// looked at more closely.
+	if perr == nil && r.Code == 0 && !v.Less(firstRelease) && !(v.Less(SinceContainers) && c.isPython()) {
 		return v, nil
 	}
-	e := &Error{Kind: ErrGarbage, Op: op, Exit: r.Code, Stderr: string(r.Stderr),
+	e := &Error{Kind: ErrGarbage, Op: op, Exit: r.Code, Stderr: bound(string(r.Stderr), maxStderr),
 		Detail: fmt.Sprintf("%s answered %q, exit %d", c.Bin, bound(line, 80), r.Code)}
 	if perr == nil || strings.Contains(string(r.Stderr), "Traceback (most recent call last)") {
 		// The unrelated Python package that is also named smolvm answers
@@ -84,6 +87,20 @@ func (c *Client) DetectVersion(ctx context.Context) (Version, error) {
 		e.Kind = ErrWrongProgram
 	}
 	return Version{}, e
+}
+
+// isPython tells whether the program is a script of Python's, as pip makes them.
+// No smolvm that was ever released is one.
+func (c *Client) isPython() bool {
+	f, err := os.Open(c.Bin)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	head := make([]byte, 256)
+	n, _ := io.ReadFull(f, head)
+	line, _, _ := bytes.Cut(head[:n], []byte("\n"))
+	return bytes.HasPrefix(line, []byte("#!")) && bytes.Contains(line, []byte("python"))
 }
 
 func (c *Client) timeout() time.Duration {
@@ -109,10 +126,12 @@ func (c *Client) run(ctx context.Context, op string, limit time.Duration, args [
 
 func (c *Client) runWith(ctx context.Context, op string, limit time.Duration, maxOut int, stdin io.Reader, args []string) (Result, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	if limit > 0 {
-		ctx, cancel = context.WithTimeoutCause(ctx, limit, errLimit)
-	}
 	defer cancel()
+	if limit > 0 {
+		var stop context.CancelFunc
+		ctx, stop = context.WithTimeoutCause(ctx, limit, errLimit)
+		defer stop()
+	}
 	cmd := exec.CommandContext(ctx, c.Bin, args...)
 	cmd.Env, cmd.Stdin = c.Env, stdin
 	// A process group of its own, so that a time limit ends helpers too. The
@@ -149,6 +168,8 @@ func (c *Client) startError(ctx context.Context, op string, limit time.Duration,
 	switch {
 	case errors.Is(context.Cause(ctx), errLimit):
 		return &Error{Kind: ErrTimeout, Op: op, Exit: -1, Stderr: stderr, Detail: "ended after " + limit.String()}
+	case errors.Is(ctx.Err(), context.DeadlineExceeded) && r.Code < 0:
+		return &Error{Kind: ErrTimeout, Op: op, Exit: -1, Stderr: stderr, Detail: "ended at the time limit that it was given"}
 	case ctx.Err() != nil && r.Code < 0:
 		return ctx.Err()
 	case err == nil:

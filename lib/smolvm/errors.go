@@ -1,6 +1,7 @@
 package smolvm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -29,6 +30,7 @@ var (
 	ErrBootExited    = errors.New("the guest ended while it booted, without an error")
 	ErrNotDeleted    = errors.New("the machine was not deleted")
 	ErrCommand       = errors.New("the guest could not start the command")
+	ErrDiskFull      = errors.New("smolvm has no room on its disk")
 	ErrFailed        = errors.New("smolvm failed")
 )
 
@@ -61,7 +63,9 @@ func (e *Error) Error() string {
 
 // Is tells the kind; the chain itself leads to the fault alone, so that the
 // error is printed once.
-func (e *Error) Is(target error) bool { return target == e.Kind }
+func (e *Error) Is(target error) bool {
+	return target == e.Kind || target == context.DeadlineExceeded && e.Kind == ErrTimeout
+}
 
 func (e *Error) Unwrap() error { return e.fault() }
 
@@ -84,6 +88,7 @@ var faults = map[error]fault.Error{
 	ErrBootExited:    {Exit: fault.Host, Code: "smolvm_not_ready", Hint: "the guest did not start; prove the host with: bottle-vm doctor, or use runtime gvisor"},
 	ErrNotDeleted:    {Exit: fault.Unavailable, Code: "smolvm_not_deleted", Hint: "delete it with: smolvm machine delete --name NAME -f"},
 	ErrCommand:       {Exit: fault.Unavailable, Code: "smolvm_command", Hint: "the program or the working folder does not exist in the guest"},
+	ErrDiskFull:      {Exit: fault.CantCreate, Code: "smolvm_disk_full", Hint: "make room where smolvm keeps its machines (SMOLVM_DATA_DIR, else below ~/.cache/smolvm and ~/.local/share/smolvm), or a quota larger"},
 	ErrFailed:        {Exit: fault.Unavailable, Code: "smolvm_failed", Hint: "run the same smolvm command by hand"},
 }
 
@@ -102,6 +107,9 @@ var markers = []struct {
 	part string
 	kind error
 }{
+	{"No space left on device", ErrDiskFull}, // whatever else failed for it
+	{"Disk quota exceeded", ErrDiskFull},
+	{"database or disk is full", ErrDiskFull}, // SQLite's words
 	{"KvmOpen", ErrKVM},
 	{"KVM not available", ErrKVM},
 	{"/dev/kvm", ErrKVM},                  // kvm permission denied: Cannot access /dev/kvm

@@ -149,6 +149,7 @@ func (c *Client) MachineExecAttached(ctx context.Context, name string, a Attache
 		// Ctrl-C is ours to pass on. With a terminal smolvm has to stay in the
 		// foreground, or it could not read.
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		cmd.Cancel = func() error { return killGroup(cmd.Process.Pid) }
 	}
 	defer keepMode(int(stdin.Fd()))()
 	if err := cmd.Start(); err != nil {

@@ -79,7 +79,7 @@ func (f flags) run(ctx context.Context, p *tool.Proc, out *tool.Output) error {
 	if err != nil {
 		return err
 	}
-	src := f.sources(p)
+	src := f.sources(p, root.Dir)
 	minAge := time.Duration(f.minAge)
 	facts, err := reaper.Collect(ctx, root, p.Now(), minAge, src)
 	status := report(p, err)
@@ -140,7 +140,7 @@ func worst(err error) int {
 	return fault.As(err).Exit
 }
 
-func (f flags) sources(p *tool.Proc) reaper.Sources {
+func (f flags) sources(p *tool.Proc, stateDir string) reaper.Sources {
 	var src reaper.Sources
 	dir := f.cache
 	if dir == "" {
@@ -151,6 +151,6 @@ func (f flags) sources(p *tool.Proc) reaper.Sources {
 		src.StaleCache = func() ([]string, error) { return image.Stale(dir) }
 		src.SweepCache = func() error { return image.Sweep(dir) }
 	}
-	machines(p, &src)
+	machines(p, stateDir, &src)
 	return src
 }

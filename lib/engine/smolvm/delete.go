@@ -22,9 +22,12 @@ func (e *Engine) Delete(ctx context.Context, r engine.Ref) error {
 	}
 	c, err := e.client(ctx)
 	if err != nil {
-		return err
+		// What smolvm keeps of it only smolvm can remove, but the guest ends now.
+		_, kerr := killMonitors(ctx, notedDir(r.ID, r.Dir))
+		return join(err, killCalls(ctx, r.ID), kerr)
 	}
-	if err := e.remove(ctx, c, r.ID, r.Dir); err != nil {
+	mine := func(m smolvm.Machine) (bool, error) { return true, ours(m, tagOf(r.Dir)) }
+	if err := e.remove(ctx, c, r.ID, r.Dir, mine); err != nil {
 		return err
 	}
 	return state.RemoveAll(ownDir(r.Dir))
@@ -32,19 +35,26 @@ func (e *Engine) Delete(ctx context.Context, r engine.Ref) error {
 
 // remove deletes the machine and then every monitor that still has its files:
 // smolvm 1.9.1 and 1.32.2 lose sight of a monitor whose start was cut off, say
-// "Deleted", and leave it running.
-func (e *Engine) remove(ctx context.Context, c *smolvm.Client, id, dir string) error {
-	dirs := dataDirs(ctx, c, id, dir)
+// "Deleted", and leave it running. meant tells whether the machine that smolvm
+// has under this name is the one; another is not touched. The name could still
+// become another machine's between that question and the deletion: smolvm
+// deletes by name alone, and takes no name that exists.
+func (e *Engine) remove(ctx context.Context, c *smolvm.Client, id, dir string, meant func(smolvm.Machine) (bool, error)) error {
 	var errs []error
 	m, err := c.MachineStatus(ctx, id)
+	if err == nil {
+		if yes, err := meant(m); !yes || err != nil {
+			return err
+		}
+	}
+	// A call that a killed keeper has left would go on and boot what is deleted.
+	errs = append(errs, killCalls(ctx, id))
+	dirs := dataDirs(ctx, c, id, dir)
 	switch {
 	case errors.Is(err, smolvm.ErrNotFound):
 	case err != nil:
 		errs = append(errs, err)
 	default:
-		if err := ours(m); err != nil {
-			return err
-		}
 		gone := func(err error) bool { return err == nil || errors.Is(err, smolvm.ErrNotFound) }
 		if err := c.MachineDelete(ctx, id); !gone(err) {
 			// A monitor that still writes into the folder that smolvm is removing
@@ -67,12 +77,42 @@ func dataDirs(ctx context.Context, c *smolvm.Client, id, dir string) []string {
 	if d, err := c.MachineDataDir(ctx, id); err == nil {
 		dirs = append(dirs, d)
 	}
+	return append(dirs, notedDir(id, dir)...)
+}
+
+// notedDir gives the folder that was noted before the start, if one was.
+func notedDir(id, dir string) []string {
+	if dir == "" {
+		return nil
+	}
 	var rec machineRecord
 	if b, err := os.ReadFile(machineFile(dir)); err == nil && json.Unmarshal(b, &rec) == nil &&
 		rec.Name == id && filepath.IsAbs(rec.DataDir) && filepath.Dir(rec.DataDir) != "/" {
-		dirs = append(dirs, rec.DataDir)
+		return []string{rec.DataDir}
 	}
-	return dirs
+	return nil
+}
+
+// killCalls ends the calls of smolvm that make or start the machine.
+func killCalls(ctx context.Context, id string) error {
+	var errs []error
+	for _, pid := range processes() {
+		if !callFor(pid, id) {
+			continue
+		}
+		if err := killProcess(ctx, pid, func() bool { return callFor(pid, id) }); err != nil {
+			errs = append(errs, fmt.Errorf("smolvm's process %d: %w", pid, err))
+		}
+	}
+	return join(errs...)
+}
+
+// callFor tells whether pid is "smolvm machine create|start --name ID …". An id
+// is random, so nobody else's is.
+func callFor(pid int, id string) bool {
+	argv := argvOf(pid)
+	return len(argv) > 4 && argv[1] == "machine" && (argv[2] == "create" || argv[2] == "start") &&
+		argv[3] == "--name" && argv[4] == id && ownProcess(pid)
 }
 
 // killMonitors ends the guest monitors whose files are in one of dirs, and gives

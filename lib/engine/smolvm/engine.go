@@ -24,13 +24,6 @@ import (
 	"github.com/bottle-tools/bottle/lib/smolvm"
 )
 
-// LabelOwner marks the machines of the bottle tools, "owner=bottle". What does not
-// carry it is never deleted.
-const (
-	LabelOwner = "owner"
-	OwnerValue = "bottle"
-)
-
 // Engine implements engine.Engine. Make it with New.
 type Engine struct {
 	getenv func(string) string
@@ -44,8 +37,11 @@ var _ engine.Engine = (*Engine)(nil)
 
 // New gives the engine. environ is the environment of the caller, of which
 // smolvm gets what it needs and nothing else.
-func New(environ []string) *Engine {
-	return &Engine{getenv: lookup(environ), env: programEnv(environ)}
+func New(environ []string) *Engine { return NewFrom(lookup(environ)) }
+
+// NewFrom is New for an environment that is asked for by name.
+func NewFrom(getenv func(string) string) *Engine {
+	return &Engine{getenv: getenv, env: programEnv(getenv)}
 }
 
 func lookup(environ []string) func(string) string {
@@ -59,27 +55,23 @@ func lookup(environ []string) func(string) string {
 	}
 }
 
-// programEnv keeps secrets of the caller's environment away from smolvm, and
-// variables that would change what smolvm was asked for.
-func programEnv(environ []string) []string {
-	keep := func(name string) bool {
-		switch name {
-		case "SMOLVM_MACHINE_NAME", "SMOLVM_VM_UID", "SMOLVM_VM_GID", "SMOLVM_SNAPSHOT_DIR":
-			return false
-		case "HOME", "PATH", "USER", "LOGNAME", "LANG", "TERM", "TMPDIR":
-			return true
-		}
-		for _, prefix := range []string{"SMOLVM_", "XDG_", "LC_", "BOTTLE_"} {
-			if strings.HasPrefix(name, prefix) {
-				return true
-			}
-		}
-		return false
-	}
+// environment is what smolvm gets of the caller's. A keeper has the same of it
+// (bottle-vm up), so that all commands see the same machines. smolvm's other
+// variables stay out: some open what a bottle closes (a container engine's
+// socket, an agent of ssh, the seccomp filter of the guest's monitor), and their
+// names cannot hold a secret of the caller either.
+var environment = []string{
+	"HOME", "PATH", "USER", "LOGNAME", "LANG", "LC_ALL", "TERM", "TMPDIR",
+	"XDG_STATE_HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME",
+	"SMOLVM_LIB_DIR", "SMOLVM_AGENT_ROOTFS", "SMOLVM_DATA_DIR", "SMOLVM_VM_UID_DROP",
+	"BOTTLE_TRANSCRIPTS", "BOTTLE_TRANSCRIPT_LOG", "BOTTLE_TRANSCRIPT_STATE", "BOTTLE_TRANSCRIPT_VERSION",
+}
+
+func programEnv(getenv func(string) string) []string {
 	out := []string{}
-	for _, e := range environ {
-		if name, _, ok := strings.Cut(e, "="); ok && keep(name) {
-			out = append(out, e)
+	for _, name := range environment {
+		if v := getenv(name); v != "" {
+			out = append(out, name+"="+v)
 		}
 	}
 	return out
@@ -160,15 +152,6 @@ func (e *Engine) checkUser(euid int) error {
 // refuse makes the fault for a clause of the plan that smolvm cannot hold.
 func refuse(code, where, hint, format string, args ...any) error {
 	return fault.New(fault.Host, code, "engine smolvm: "+format, args...).At(where).WithHint("%s", hint)
-}
-
-// ours tells whether the machine is one of the bottle tools'.
-func ours(m smolvm.Machine) error {
-	if m.Labels[LabelOwner] == OwnerValue {
-		return nil
-	}
-	return fault.New(fault.NoPerm, "smolvm_foreign_machine", "the smolvm machine %s was not made by the bottle tools", m.Name).
-		WithHint("look at it with: smolvm machine status --name %s", m.Name)
 }
 
 // Alive tells whether the guest runs. A machine that smolvm calls unreachable is

@@ -25,11 +25,15 @@ import (
 
 const noDrop = "SMOLVM_VM_UID_DROP=off"
 
+// specTag is of the state folder of the newest spec.
+var specTag string
+
 // newSpec gives a bottle that smolvm can hold.
 func newSpec(t *testing.T) *engine.Spec {
 	t.Helper()
 	dir := t.TempDir()
-	for _, d := range []string{"state", "work", "rootfs/bin", "extra"} {
+	specTag = stateTag(dir)
+	for _, d := range []string{"bottles/dev-0123abcd", "work", "rootfs/bin", "extra"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -47,7 +51,7 @@ func newSpec(t *testing.T) *engine.Spec {
 	}
 	return &engine.Spec{
 		ID:  "dev-0123abcd",
-		Dir: filepath.Join(dir, "state"), RunDir: dir,
+		Dir: filepath.Join(dir, "bottles", "dev-0123abcd"), RunDir: dir,
 		Bottle: &plan.Bottle{ID: "dev", User: "agent", Resources: plan.Resources{CPUs: 1, MemoryMiB: 512},
 			Files: []plan.File{{Path: ".agent.json", Content: "{}"}}},
 		Workspace: filepath.Join(dir, "work"), Rootfs: filepath.Join(dir, "rootfs"),
@@ -58,6 +62,9 @@ func newSpec(t *testing.T) *engine.Spec {
 		GateSocket: filepath.Join(dir, "gate.sock"),
 	}
 }
+
+// vmDir is smolvm's folder for the machine.
+func vmDir(s *engine.Spec) string { return filepath.Join(s.RunDir, "vms", "0123") }
 
 func refOf(s *engine.Spec) engine.Ref {
 	return engine.Ref{ID: s.ID, Dir: s.Dir, RunDir: s.RunDir, Bottle: s.Bottle, Env: s.Env}
@@ -83,7 +90,7 @@ func statusJSON(id, state string, pid int) string {
 	if pid > 0 {
 		p = fmt.Sprint(pid)
 	}
-	return fmt.Sprintf(`{"name":%q,"state":%q,"pid":%s,"cpus":1,"labels":{"owner":"bottle"}}`, id, state, p)
+	return fmt.Sprintf(`{"name":%q,"state":%q,"pid":%s,"cpus":1,"labels":{"owner":"bottle","bottle-state":%q}}`, id, state, p, specTag)
 }
 
 // scripted gives an engine whose smolvm replays just these records.
@@ -262,7 +269,8 @@ func TestPrepareRefuses(t *testing.T) {
 
 // createArgv is what Start has to ask for; nothing secret and no variable in it.
 func createArgv(s *engine.Spec) []string {
-	return []string{"machine", "create", "--name", s.ID, "--cpus", "1", "--mem", "512", "--label", "owner=bottle",
+	return []string{"machine", "create", "--name", s.ID, "--cpus", "1", "--mem", "512",
+		"--label", "owner=bottle", "--label", "bottle-state=" + tagOf(s.Dir),
 		"--image", s.Dir + "/smolvm/rootfs/",
 		"-v", s.Dir + "/smolvm/guest:/opt/bottle:ro", "-v", s.Workspace + ":/workspace", "-v", s.Binds[0].Source + ":/opt/extra:ro",
 		"--mount-socket", s.GateSocket + ":/run/bottle/gate.sock",
@@ -281,6 +289,8 @@ const (
 func TestStart(t *testing.T) {
 	s := newSpec(t)
 	guestProc := exec.Command("sleep", "60")
+	// As a monitor has them.
+	guestProc.ExtraFiles = openAll(t, s.Workspace, s.Binds[0].Source)
 	if err := guestProc.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -289,7 +299,7 @@ func TestStart(t *testing.T) {
 	s.Record = func(role string, pid int) error { recorded = fmt.Sprint(role, " ", pid); return nil }
 	e, f := scripted(t, version("1.9.1"),
 		answer(0, created, "", createArgv(s)...),
-		answer(0, "/var/x/vms/0123\n", "", "machine", "data-dir", "--name", s.ID),
+		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
 		// One start in three fails, the second works.
 		answer(1, "", notReady, "machine", "start", "--name", s.ID),
 		answer(0, "Machine 'x' running (PID: 1)\n", starting, "machine", "start", "--name", s.ID),
@@ -330,6 +340,19 @@ func TestStart(t *testing.T) {
 	}
 }
 
+func openAll(t *testing.T, paths ...string) (files []*os.File) {
+	t.Helper()
+	for _, p := range paths {
+		f, err := os.Open(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		files = append(files, f)
+	}
+	return files
+}
+
 func checkStaged(t *testing.T, s *engine.Spec) {
 	t.Helper()
 	var cfg guest.Config
@@ -344,7 +367,7 @@ func checkStaged(t *testing.T, s *engine.Spec) {
 	if fi, err := os.Stat(s.Dir + "/smolvm/guest/guest"); err != nil || fi.Mode().Perm()&0o111 == 0 {
 		t.Errorf("helper: %v", err)
 	}
-	if b, err := os.ReadFile(machineFile(s.Dir)); err != nil || !strings.Contains(string(b), "/var/x/vms/0123") {
+	if b, err := os.ReadFile(machineFile(s.Dir)); err != nil || !strings.Contains(string(b), vmDir(s)) {
 		t.Errorf("machine.json: %s, %v", b, err)
 	}
 }
@@ -354,7 +377,7 @@ func TestStartFails(t *testing.T) {
 	s := newSpec(t)
 	e, f := scripted(t, version("1.9.1"),
 		answer(0, created, "", createArgv(s)...),
-		answer(0, "/var/x/vms/0123\n", "", "machine", "data-dir", "--name", s.ID),
+		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
 		answer(1, "", notReady, "machine", "start", "--name", s.ID),
 		answer(0, statusJSON(s.ID, "created", 0), "", "machine", "status", "--name", s.ID, "--json"),
 		answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
@@ -396,7 +419,7 @@ func TestNeverReadyIsNotRetried(t *testing.T) {
 	s := newSpec(t)
 	e, f := scripted(t, version("1.9.1"),
 		answer(0, created, "", createArgv(s)...),
-		answer(0, "/var/x/vms/0123\n", "", "machine", "data-dir", "--name", s.ID),
+		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
 		answer(1, "", starting+"Error: agent operation failed: wait for ready: agent did not become ready within 30 seconds\n", "machine", "start", "--name", s.ID),
 		answer(1, "", unknown, "machine", "status", "--name", s.ID, "--json"),
 	)
@@ -412,7 +435,7 @@ func TestHelperFails(t *testing.T) {
 	s := newSpec(t)
 	e, f := scripted(t, version("1.9.1"),
 		answer(0, created, "", createArgv(s)...),
-		answer(0, "/var/x/vms/0123\n", "", "machine", "data-dir", "--name", s.ID),
+		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
 		answer(0, "", starting, "machine", "start", "--name", s.ID),
 		answer(0, statusJSON(s.ID, "running", 0), "", "machine", "status", "--name", s.ID, "--json"),
 		answer(125, "", "bottle-guest: error: the helper is not ready\n", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128"),
@@ -596,7 +619,8 @@ func TestBootHints(t *testing.T) {
 
 // smolvm gets nothing of the caller's environment that it does not need.
 func TestProgramEnv(t *testing.T) {
-	got := programEnv([]string{"HOME=/h", "ANTHROPIC_API_KEY=secret", "XDG_CACHE_HOME=/c", "SMOLVM_MACHINE_NAME=x", "SMOLVM_LIB_DIR=/l", "LD_PRELOAD=/e", "junk"})
+	got := New([]string{"HOME=/h", "ANTHROPIC_API_KEY=secret", "BOTTLE_TOKEN=secret", "LC_TOKEN=secret", "XDG_CACHE_HOME=/c", "SMOLVM_MACHINE_NAME=x",
+		"SMOLVM_LIB_DIR=/l", "SMOLVM_DOCKER_SOCKET=1", "SMOLVM_SECCOMP=off", "LD_PRELOAD=/e", "junk"}).env
 	if want := []string{"HOME=/h", "XDG_CACHE_HOME=/c", "SMOLVM_LIB_DIR=/l"}; !slices.Equal(got, want) {
 		t.Errorf("%q", got)
 	}
@@ -660,7 +684,7 @@ func TestRealCreate(t *testing.T) {
 				t.Fatal(err)
 			}
 			m, err := c.MachineStatus(t.Context(), s.ID)
-			if err != nil || m.Labels[LabelOwner] != OwnerValue || m.Network {
+			if err != nil || !isOurs(m, tagOf(s.Dir)) || m.Network {
 				t.Errorf("%+v, %v", m, err)
 			}
 			if alive, err := e.Alive(t.Context(), refOf(s)); alive || err != nil {
@@ -694,7 +718,7 @@ func TestRealCutOffStartLeavesNothing(t *testing.T) {
 	if err := stage(s); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.MachineCreate(t.Context(), s.ID, smolvm.CreateSpec{CPUs: 1, MemMiB: 256, Labels: ownLabels()}); err != nil {
+	if err := c.MachineCreate(t.Context(), s.ID, smolvm.CreateSpec{CPUs: 1, MemMiB: 256, Labels: ownLabels(tagOf(s.Dir))}); err != nil {
 		t.Fatal(err)
 	}
 	if err := remember(t.Context(), c, s.ID, s.Dir); err != nil {

@@ -24,6 +24,7 @@ import (
 
 const (
 	execTries   = 4
+	signalTries = 3
 	signalLimit = 10 * time.Second
 	ranLimit    = 20 * time.Second
 )
@@ -53,30 +54,46 @@ func (e *Engine) Exec(ctx context.Context, r engine.Ref, q engine.ExecRequest) (
 	}
 	defer os.Remove(file)
 
-	stop := e.passSignals(ctx, c, r.ID, marker, q.Signals)
+	ctx, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
+	stop := e.passSignals(ctx, c, r.ID, marker, q.Signals, func(err error) { giveUp(silent(r.ID, err)) })
 	defer stop()
 	defer func() {
 		// Ending smolvm's exec is not known to end the guest's command.
-		if ctx.Err() != nil {
-			sendSignal(context.WithoutCancel(ctx), c, r.ID, marker, syscall.SIGKILL)
+		if ctx.Err() != nil && fault.As(context.Cause(ctx)).Code != silentCode {
+			_ = sendSignal(context.WithoutCancel(ctx), c, r.ID, marker, syscall.SIGKILL)
 		}
 	}()
 	a := smolvm.Attached{Stdin: q.Stdin, Stdout: q.Stdout, Stderr: q.Stderr, TTY: q.TTY, Dir: "/",
 		Ran: func(ctx context.Context) (int, bool) { return ran(ctx, c, r.ID, marker) }}
 	for try := 1; ; try++ {
 		status, err := c.MachineExecAttached(ctx, r.ID, a, engine.GuestHelper, "run", marker)
+		if cause := context.Cause(ctx); err != nil && cause != nil && fault.As(cause).Code == silentCode {
+			return status, cause
+		}
 		// A guest that is slow to answer is called "not running" too. smolvm
 		// finds that out before it reads any input.
-		if !errors.Is(err, smolvm.ErrNotRunning) || try == execTries {
+		if !errors.Is(err, smolvm.ErrNotRunning) {
 			return status, err
 		}
 		if alive, aerr := e.Alive(ctx, r); aerr != nil || !alive {
 			return status, err
 		}
+		if try == execTries {
+			return status, silent(r.ID, err)
+		}
 		if serr := sleep(ctx, probePause); serr != nil {
 			return status, serr
 		}
 	}
+}
+
+const silentCode = "guest_silent"
+
+// silent is the fault for a guest that is there and answers nothing.
+func silent(id string, err error) error {
+	return fault.New(fault.Unavailable, silentCode, "bottle %s runs, and its guest does not answer: %w", id, err).
+		WithHint("wait if the host is busy; bottle-vm down %s ends it", id)
 }
 
 // putRequest writes the request where the guest sees it. The state folder is
@@ -133,7 +150,9 @@ func ran(ctx context.Context, c *smolvm.Client, id, marker string) (int, bool) {
 }
 
 // passSignals gives each signal to the command by a call of its own, in order.
-func (e *Engine) passSignals(ctx context.Context, c *smolvm.Client, id, marker string, signals <-chan os.Signal) (stop func()) {
+// lost is called when a guest does not take one that is to end the command:
+// whoever pressed Ctrl-C must not hang for ever with it.
+func (e *Engine) passSignals(ctx context.Context, c *smolvm.Client, id, marker string, signals <-chan os.Signal, lost func(error)) (stop func()) {
 	if signals == nil {
 		return func() {}
 	}
@@ -148,8 +167,13 @@ func (e *Engine) passSignals(ctx context.Context, c *smolvm.Client, id, marker s
 				if !ok {
 					return
 				}
-				if n, ok := s.(syscall.Signal); ok {
-					sendSignal(ctx, c, id, marker, n)
+				n, ok := s.(syscall.Signal)
+				if !ok {
+					continue
+				}
+				if err := insist(ctx, c, id, marker, n); err != nil && ctx.Err() == nil && ends(n) {
+					lost(err)
+					return
 				}
 			}
 		}
@@ -157,10 +181,29 @@ func (e *Engine) passSignals(ctx context.Context, c *smolvm.Client, id, marker s
 	return func() { cancel(); wg.Wait() }
 }
 
-// sendSignal has no result: the command may be gone already, and its status
-// tells.
-func sendSignal(ctx context.Context, c *smolvm.Client, id, marker string, s syscall.Signal) {
-	_, _ = c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: signalLimit}, engine.GuestHelper, "signal", marker, strconv.Itoa(int(s)))
+// ends tells whether the signal asks a command to end.
+func ends(s syscall.Signal) bool {
+	return s == syscall.SIGINT || s == syscall.SIGTERM || s == syscall.SIGHUP || s == syscall.SIGQUIT
+}
+
+// insist sends the signal, again and again to a guest that is slow.
+func insist(ctx context.Context, c *smolvm.Client, id, marker string, s syscall.Signal) error {
+	for try := 1; ; try++ {
+		err := sendSignal(ctx, c, id, marker, s)
+		if err == nil || try == signalTries || !errors.Is(err, smolvm.ErrNotRunning) {
+			return err
+		}
+		if err := sleep(ctx, probePause); err != nil {
+			return err
+		}
+	}
+}
+
+// sendSignal: what the runner answers does not matter, the command may be gone
+// already, and its status tells. An error is smolvm's.
+func sendSignal(ctx context.Context, c *smolvm.Client, id, marker string, s syscall.Signal) error {
+	_, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: signalLimit}, engine.GuestHelper, "signal", marker, strconv.Itoa(int(s)))
+	return err
 }
 
 // CopyOut writes a tar stream of the guest path to w.

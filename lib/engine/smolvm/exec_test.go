@@ -58,7 +58,8 @@ func localSmolvm(dir string, args []string) int {
 	if i < 0 || args[1] != "exec" {
 		return 97
 	}
-	if down := filepath.Join(dir, "down"); os.Remove(down) == nil {
+	_, silent := os.Stat(filepath.Join(dir, "silent")) // to signals, for good
+	if down := filepath.Join(dir, "down"); os.Remove(down) == nil || silent == nil && slices.Contains(args[i:], "signal") {
 		_, _ = os.Stderr.WriteString(notUp)
 		return 1
 	}
@@ -135,7 +136,8 @@ func local(t *testing.T) (*Engine, engine.Ref, string) {
 	if err := os.Symlink(self, bin); err != nil {
 		t.Fatal(err)
 	}
-	e := New([]string{"PATH=/usr/bin:/bin", noDrop, "BOTTLE_SMOLVM=" + bin, "BOTTLE_TEST_GUEST=" + s.Dir})
+	e := New([]string{"PATH=/usr/bin:/bin", noDrop, "BOTTLE_SMOLVM=" + bin})
+	e.env = append(e.env, "BOTTLE_TEST_GUEST="+s.Dir)
 	return e, refOf(s), s.RunDir
 }
 
@@ -255,6 +257,43 @@ func TestExecSignals(t *testing.T) {
 	})
 	if status != 9 || out != "usr1\nterm\n" {
 		t.Errorf("%d %q", status, out)
+	}
+}
+
+// A guest that answers nothing any more takes no signal either; whoever sent it
+// gets away all the same, and so does the smolvm that waits for the guest.
+func TestExecOfASilentGuest(t *testing.T) {
+	e, r, dir := local(t)
+	pidFile := filepath.Join(dir, "pids")
+	if err := os.WriteFile(pidFile, nil, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(pidFile, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(r.Dir, "silent"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	signals := make(chan os.Signal, 1)
+	go func() {
+		for range 3000 {
+			if b, err := os.ReadFile(pidFile); err == nil && len(b) > 0 {
+				break
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		signals <- syscall.SIGINT
+	}()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := e.Exec(t.Context(), r, engine.ExecRequest{Argv: []string{"sh", "-c", "echo $$ > " + pidFile + "; exec sleep 600"}, Dir: "/", Signals: signals})
+		ended <- err
+	}()
+	select {
+	case err := <-ended:
+		wantFault(t, err, fault.Unavailable, "guest_silent", "does not answer", "is not running", "bottle-vm down")
+	case <-time.After(time.Minute):
+		t.Error("it hangs")
 	}
 }
 

@@ -72,6 +72,11 @@ func volumes(s *engine.Spec) ([]smolvm.Volume, error) {
 	}
 	for _, b := range s.Binds {
 		v := smolvm.Volume{Host: b.Source, Guest: filepath.Clean(b.Target), ReadOnly: b.ReadOnly}
+		if strings.Contains(v.Guest, ":") {
+			// It reads HOST:GUEST[:ro|:rw] from the end.
+			return nil, refuse("smolvm_mount_target", "mounts", "mount it elsewhere, or use runtime gvisor",
+				"%q cannot be mounted: smolvm would read what follows the colon as something else", v.Guest)
+		}
 		if below, ok := holder(vs, v.Guest); ok && redundant(below, v) {
 			continue
 		} else if ok && !hidesNothing(below, v) {

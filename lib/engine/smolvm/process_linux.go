@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -49,6 +50,16 @@ func exists(pid int) bool {
 	}
 	rest := s[strings.LastIndexByte(s, ')')+1:] // the name may hold anything
 	return !strings.HasPrefix(rest, " Z") && !strings.HasPrefix(rest, " X")
+}
+
+// ownProcess tells whether pid is of this user.
+func ownProcess(pid int) bool {
+	fi, err := os.Stat(filepath.Join("/proc", strconv.Itoa(pid)))
+	if err != nil {
+		return false
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	return ok && int(st.Uid) == os.Geteuid()
 }
 
 // killProcess holds pid by a descriptor, asks whether it is still the one that

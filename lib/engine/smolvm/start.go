@@ -95,12 +95,18 @@ func enforcement(r plan.Resources) plan.Enforcement {
 
 func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) (pid int, err error) {
 	if err := stage(s); err != nil {
-		return 0, err
+		return 0, fault.New(fault.CantCreate, "cannot_create", "what the guest gets: %w", err).
+			WithHint("look at the disk that holds %s", s.Dir)
 	}
 	if err := worktree.Copy(ctx, s.Rootfs, rootfsDir(s.Dir), nil); err != nil {
 		return 0, err
 	}
 	spec, err := createSpec(s)
+	if err != nil {
+		return 0, err
+	}
+	pins, err := pin(elsewhere(spec.Volumes, s.Dir))
+	defer pins.close()
 	if err != nil {
 		return 0, err
 	}
@@ -125,7 +131,29 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 			return 0, err
 		}
 	}
-	return m.PID, probe(ctx, c, s.ID)
+	if err := probe(ctx, c, s.ID); err != nil {
+		return 0, err
+	}
+	// All folders are mounted by now.
+	return m.PID, pins.heldBy(m.PID)
+}
+
+// elsewhere gives the volumes that are not in the bottle's own folder, where
+// nobody else writes.
+func elsewhere(vs []smolvm.Volume, dir string) []smolvm.Volume {
+	var out []smolvm.Volume
+	for _, v := range vs {
+		if !inside(v.Host, dir) {
+			out = append(out, v)
+		}
+	}
+	return out
+}
+
+// exchanged is the fault for a folder that is not what was checked any more.
+func exchanged(path, why string) error {
+	return fault.New(fault.NoPerm, "smolvm_mount_changed", "%s was exchanged while the bottle was made: %s", path, why).
+		WithHint("see what writes where it lies (another bottle's guest?), and start it again once that has ended")
 }
 
 func createSpec(s *engine.Spec) (smolvm.CreateSpec, error) {
@@ -136,15 +164,13 @@ func createSpec(s *engine.Spec) (smolvm.CreateSpec, error) {
 	return smolvm.CreateSpec{
 		CPUs:    s.Bottle.Resources.CPUs,
 		MemMiB:  s.Bottle.Resources.MemoryMiB,
-		Labels:  ownLabels(),
+		Labels:  ownLabels(tagOf(s.Dir)),
 		Image:   rootfsDir(s.Dir) + "/", // a folder, never a reference
 		Volumes: vs,
 		Sockets: []smolvm.Socket{{Host: s.GateSocket, Guest: engine.GuestSocket}},
 		Command: []string{engine.GuestHelper, "init", engine.GuestConfig},
 	}, nil
 }
-
-func ownLabels() []smolvm.Label { return []smolvm.Label{{Key: LabelOwner, Value: OwnerValue}} }
 
 // stage makes the guest's /opt/bottle on the host.
 func stage(s *engine.Spec) error {
@@ -231,18 +257,34 @@ func remember(ctx context.Context, c *smolvm.Client, id, dir string) error {
 	if err != nil {
 		return err
 	}
+	if data = filepath.Clean(data); data == dir || inside(dir, data) || filepath.Dir(data) == "/" {
+		// Its mode is about to be changed.
+		return dataDirFault(id, fmt.Errorf("%s is no folder of one machine", data))
+	}
 	b, err := json.Marshal(machineRecord{Name: id, DataDir: data})
 	if err != nil {
 		return err
 	}
 	tmp := machineFile(dir) + ".new"
-	if err := writeSynced(tmp, b); err != nil {
-		return err
+	err = writeSynced(tmp, b)
+	if err == nil {
+		err = os.Rename(tmp, machineFile(dir))
 	}
-	if err := os.Rename(tmp, machineFile(dir)); err != nil {
-		return err
+	if err != nil {
+		return fault.New(fault.CantCreate, "cannot_create", "the machine's record: %w", err).
+			WithHint("look at the disk that holds %s", dir)
+	}
+	// smolvm makes it at the start, open to all, with the sockets in it: those
+	// would be open for as long as the guest boots.
+	if err := os.MkdirAll(data, 0o700); err != nil {
+		return dataDirFault(id, err)
 	}
 	return closeDataDirs(ctx, c, id, dir)
+}
+
+func dataDirFault(id string, err error) error {
+	return fault.New(fault.IO, "smolvm_data_dir", "smolvm's folder of the machine cannot be closed to others: %w", err).
+		WithHint("look at it with: smolvm machine data-dir --name %s", id)
 }
 
 // closeDataDirs takes smolvm's folder for the machine from other local users: in
@@ -260,8 +302,7 @@ func closeDataDirs(ctx context.Context, c *smolvm.Client, id, dir string) error 
 			err = os.Chmod(d, 0o700)
 		}
 		if err != nil {
-			return fault.New(fault.IO, "smolvm_data_dir", "smolvm's folder of the machine cannot be closed to others: %w", err).
-				WithHint("look at it with: smolvm machine data-dir --name %s", id)
+			return dataDirFault(id, err)
 		}
 	}
 	return nil
@@ -377,13 +418,16 @@ func (e *Engine) Check(ctx context.Context, dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	id := "bottle-check-" + marker[:8]
+	id, tag := "bottle-check-"+marker[:8], ""
+	if root, err := state.Open(e.getenv); err == nil {
+		tag = stateTag(root.Dir) // bottle-gc of this state folder finds what a killed check leaves
+	}
 	defer func() {
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupLimit)
 		defer cancel()
-		err = join(err, e.remove(clean, c, id, dir))
+		err = join(err, e.remove(clean, c, id, dir, func(m smolvm.Machine) (bool, error) { return true, ours(m, tag) }))
 	}()
-	spec := smolvm.CreateSpec{CPUs: 1, MemMiB: 256, Labels: ownLabels()}
+	spec := smolvm.CreateSpec{CPUs: 1, MemMiB: 256, Labels: append(ownLabels(tag), maker()...)}
 	if err := c.MachineCreate(ctx, id, spec); err != nil {
 		return err
 	}
