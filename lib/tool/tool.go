@@ -138,7 +138,11 @@ func (p *Proc) Run(ctx context.Context, root *Command) int {
 	if err := p.applyEnv(root); err != nil {
 		return p.Report(err)
 	}
-	return p.Report(root.Run(ctx))
+	err = root.Run(ctx)
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		return Interrupted // whoever did that knows
+	}
+	return p.Report(err)
 }
 
 // Report prints err, if it has not been printed, and gives its exit status.

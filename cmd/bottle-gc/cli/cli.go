@@ -3,6 +3,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"os"
 	"time"
 
@@ -113,6 +114,9 @@ func (f flags) run(ctx context.Context, p *tool.Proc, out *tool.Output) error {
 	if written != nil {
 		return written
 	}
+	if ctx.Err() != nil {
+		return tool.Exit(tool.Interrupted)
+	}
 	if f.check && len(orphans) > 0 {
 		status = fault.Worst(status, fault.No)
 	}
@@ -120,23 +124,19 @@ func (f flags) run(ctx context.Context, p *tool.Proc, out *tool.Output) error {
 }
 
 // report prints what went wrong, each with its own line, and gives the worst
-// status.
+// status. An interrupt has a status of its own.
 func report(p *tool.Proc, err error) int {
-	if err == nil {
-		return fault.OK
-	}
-	p.PrintError(err)
-	return worst(err)
-}
-
-func worst(err error) int {
 	if many, ok := err.(interface{ Unwrap() []error }); ok {
 		status := fault.OK
 		for _, e := range many.Unwrap() {
-			status = fault.Worst(status, worst(e))
+			status = fault.Worst(status, report(p, e))
 		}
 		return status
 	}
+	if err == nil || errors.Is(err, context.Canceled) {
+		return fault.OK
+	}
+	p.PrintError(err)
 	return fault.As(err).Exit
 }
 

@@ -13,6 +13,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -21,6 +22,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -45,8 +47,15 @@ var pins = map[string]struct{ platform, sha256 string }{
 	"1.32.2/darwin/arm64": {"macosx_11_0_arm64", "af690651bd2d2e329f3ab15d35acd7037a3a94581b3f79c08d1df867e8ef54f9"},
 }
 
-// fetchLimit bounds pip: the files have 45 to 55 MB.
-const fetchLimit = 10 * time.Minute
+// fetchLimit bounds pip: the files have 45 to 55 MB. Who waits for another to
+// install waits a little longer. pip's words are kept up to maxSaid.
+const (
+	fetchLimit = 10 * time.Minute
+	lockLimit  = fetchLimit + 2*time.Minute
+	lockPoll   = 100 * time.Millisecond
+	maxSaid    = 16 << 10
+	fetchName  = ".fetch-" // of folders that are filled and moved into place
+)
 
 // Install puts smolvm of a pinned version below dir, as VERSION/smol/smolvm, and
 // gives its path. What is there already is kept; others may install at the same
@@ -69,13 +78,19 @@ func Install(ctx context.Context, dir, version string) (string, error) {
 		return "", cannot(err)
 	}
 	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		return "", cannot(err)
+	if err := await(ctx, lock); err != nil {
+		return "", err
 	}
 	if there(bin) { // somebody was faster
 		return bin, nil
 	}
-	tmp, err := os.MkdirTemp(dir, ".fetch-")
+	// Whoever made these was killed: the lock is ours.
+	if left, err := filepath.Glob(filepath.Join(dir, fetchName+"*")); err == nil {
+		for _, l := range left {
+			_ = os.RemoveAll(l) // what stays is in nobody's way
+		}
+	}
+	tmp, err := os.MkdirTemp(dir, fetchName)
 	if err != nil {
 		return "", cannot(err)
 	}
@@ -102,14 +117,44 @@ func Install(ctx context.Context, dir, version string) (string, error) {
 	return bin, nil
 }
 
+// await takes the lock, which another install may hold for minutes.
+func await(ctx context.Context, lock *os.File) error {
+	for end := time.Now().Add(lockLimit); ; {
+		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, unix.EINTR):
+			continue
+		case !errors.Is(err, unix.EWOULDBLOCK):
+			return cannot(err)
+		case time.Now().After(end):
+			return fault.New(fault.TempFail, "locked", "another install holds %s", lock.Name()).
+				WithHint("see what it does, and try again")
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(lockPoll):
+		}
+	}
+}
+
 func there(bin string) bool {
 	fi, err := os.Stat(bin)
 	return err == nil && fi.Mode().IsRegular() && fi.Mode().Perm()&0o111 != 0
 }
 
 func cannot(err error) error {
-	return fault.New(fault.CantCreate, "cannot_create", "installing smolvm: %w", err)
+	hint := "see that your data folder (XDG_DATA_HOME, else ~/.local/share) is yours to write, and that nothing else has the version's name in it"
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		hint = fmt.Sprintf("make room for %d MiB on the disk of your data folder (XDG_DATA_HOME, else ~/.local/share)", room>>20)
+	}
+	return fault.New(fault.CantCreate, "cannot_create", "installing smolvm: %w", err).WithHint("%s", hint)
 }
+
+// room is what a version needs while it is installed: the file and what is in it.
+const room = 300 << 20
 
 // Versions that are pinned for this platform, oldest first.
 func Versions() []string {
@@ -136,28 +181,60 @@ func unpinned(version string) error {
 }
 
 func download(ctx context.Context, dir, version, platform string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, fetchLimit)
+	limited, cancel := context.WithTimeout(ctx, fetchLimit)
 	defer cancel()
-	args := []string{"-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
+	args := []string{"-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary=:all:",
 		"--platform", platform, "--python-version", "3.11", "--implementation", "cp", "--abi", "abi3",
 		"--dest", dir, "smolmachines==" + version}
-	cmd := exec.CommandContext(ctx, "python3", args...)
+	cmd := exec.CommandContext(limited, "python3", args...)
+	// Its temporary files go with the folder, whatever ends it.
+	cmd.Env = append(os.Environ(), "TMPDIR="+dir)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }
 	cmd.WaitDelay = time.Second
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fault.New(fault.Unavailable, "smolvm_fetch", "pip download smolmachines==%s: %w: %s", version, err, lastLine(string(out))).
+	var said tail
+	cmd.Stdout, cmd.Stderr = &said, &said
+	err := cmd.Run()
+	switch {
+	case err == nil:
+	case ctx.Err() != nil:
+		return "", ctx.Err()
+	case limited.Err() != nil:
+		return "", fault.New(fault.Unavailable, "smolvm_fetch", "pip download smolmachines==%s took longer than %s: %s", version, fetchLimit, said.line()).
+			WithHint("see whether the Python package index that pip is set up for answers")
+	case strings.Contains(string(said), "No space left on device"):
+		return "", cannot(fmt.Errorf("pip download smolmachines==%s: %w", version, unix.ENOSPC))
+	default:
+		return "", fault.New(fault.Unavailable, "smolvm_fetch", "pip download smolmachines==%s: %w: %s", version, err, said.line()).
 			WithHint("it needs python3 with pip, and the Python package index that pip is set up for")
 	}
 	found, err := filepath.Glob(filepath.Join(dir, "*.whl"))
 	if err != nil || len(found) != 1 {
-		return "", fault.New(fault.Unavailable, "smolvm_fetch", "pip left %d wheels of smolmachines==%s", len(found), version)
+		return "", fault.New(fault.Unavailable, "smolvm_fetch", "pip left %d wheels of smolmachines==%s", len(found), version).
+			WithHint("try: python3 -m pip download --no-deps smolmachines==%s", version)
 	}
 	return found[0], nil
 }
 
-// lastLine of what pip says is the one that tells why.
-func lastLine(s string) string {
-	s = strings.TrimSpace(s)
-	return s[strings.LastIndexByte(s, '\n')+1:]
+// tail is the end of what pip says.
+type tail []byte
+
+func (t *tail) Write(p []byte) (int, error) {
+	*t = append(*t, p...)
+	if over := len(*t) - maxSaid; over > 0 {
+		*t = slices.Clone((*t)[over:])
+	}
+	return len(p), nil
+}
+
+// line is the last one, which tells why.
+func (t tail) line() string {
+	s := strings.TrimSpace(string(t))
+	s = s[strings.LastIndexByte(s, '\n')+1:]
+	if len(s) > 1<<10 {
+		s = s[:1<<10]
+	}
+	return fault.Line(s)
 }
 
 func checkSum(file, want string) error {
