@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/smolvm"
@@ -100,7 +102,16 @@ func killCalls(ctx context.Context, id string) error {
 		if !callFor(pid, id) {
 			continue
 		}
-		if err := killProcess(ctx, pid, func() bool { return callFor(pid, id) }); err != nil {
+		err := killProcess(ctx, pid, func() bool {
+			if !callFor(pid, id) {
+				return false
+			}
+			if group, err := unix.Getpgid(pid); err == nil && group == pid {
+				_ = unix.Kill(-pid, unix.SIGKILL) // its helpers; itself is held
+			}
+			return true
+		})
+		if err != nil {
 			errs = append(errs, fmt.Errorf("smolvm's process %d: %w", pid, err))
 		}
 	}
@@ -111,6 +122,9 @@ func killCalls(ctx context.Context, id string) error {
 // is random, so nobody else's is.
 func callFor(pid int, id string) bool {
 	argv := argvOf(pid)
+	if len(argv) > 1 && argv[1] != "machine" {
+		argv = argv[1:] // a script, behind its interpreter
+	}
 	return len(argv) > 4 && argv[1] == "machine" && (argv[2] == "create" || argv[2] == "start") &&
 		argv[3] == "--name" && argv[4] == id && ownProcess(pid)
 }
