@@ -30,7 +30,7 @@ var (
 	ErrBootExited    = errors.New("the guest ended while it booted, without an error")
 	ErrNotDeleted    = errors.New("the machine was not deleted")
 	ErrCommand       = errors.New("the guest could not start the command")
-	ErrDiskFull      = errors.New("smolvm has no room on its disk")
+	ErrDiskFull      = errors.New("smolvm cannot write to its disk")
 	ErrFailed        = errors.New("smolvm failed")
 )
 
@@ -110,6 +110,7 @@ var markers = []struct {
 	{"No space left on device", ErrDiskFull}, // whatever else failed for it
 	{"Disk quota exceeded", ErrDiskFull},
 	{"database or disk is full", ErrDiskFull}, // SQLite's words
+	{"disk I/O error", ErrDiskFull},           // its words for no room beside the database
 	{"KvmOpen", ErrKVM},
 	{"KVM not available", ErrKVM},
 	{"/dev/kvm", ErrKVM},                  // kvm permission denied: Cannot access /dev/kvm

@@ -431,3 +431,53 @@ func TestSmolvmSecrets(t *testing.T) {
 	f.act("")
 	f.Down(id)
 }
+
+// TestSmolvmFullState: the disk of the bottles' state is full, after more and
+// more of a bottle was written. No step of up may call that a bug, and what is
+// left is cleared.
+func TestSmolvmFullState(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: only root mounts a small disk")
+	}
+	f := newFakeSmolvm(t)
+	seen := map[string]bool{}
+	for _, kib := range []int{4, 8, 16, 24, 32, 48, 64, 128, 512, 2048, 4096, 6144, 8192, 10240} {
+		if err := syscall.Mount("small", f.State, "tmpfs", 0, fmt.Sprintf("size=%dk,mode=700", kib)); err != nil {
+			t.Skipf("SKIPPED: no small disk: %v", err)
+		}
+		r := f.up()
+		code := gjson.Get(r.Out, "error.code").Str
+		seen[code] = true
+		t.Logf("%d KiB: exit %d %s: %.300s", kib, r.Code, code, r.Stderr)
+		if r.Code != 0 {
+			if r.Code != 73 && r.Code != 74 {
+				t.Errorf("%d KiB: exit %d, %s: %.1000s", kib, r.Code, code, r.Stderr)
+			}
+			oneError(t, fmt.Sprint(kib, " KiB"), harness.Result{Stderr: lastLine(r.Stderr)})
+			has(t, fmt.Sprint(kib, " KiB"), strings.ToLower(r.Stderr), "no space left")
+			if strings.Contains(r.Stderr, "scratch") {
+				t.Errorf("%d KiB: it tells of a workspace: %s", kib, r.Stderr)
+			}
+		} else {
+			f.Down(gjson.Get(r.Out, "vm.id").Str)
+		}
+		f.OK("bottle-gc --apply --min-age 0s")
+		if left := f.machines(); left != "" {
+			t.Errorf("%d KiB: machines are left: %s", kib, left)
+		}
+		if left := f.OK("bottle-vm ls; ls " + f.State + "/bottle/bottles 2>/dev/null || true"); left != "" {
+			t.Errorf("%d KiB: left: %s", kib, left)
+		}
+		if err := syscall.Unmount(f.State, 0); err != nil {
+			t.Errorf("%d KiB: %v", kib, err)
+			_ = syscall.Unmount(f.State, syscall.MNT_DETACH)
+		}
+		if r.Code == 0 {
+			break
+		}
+	}
+	if len(seen) < 2 {
+		t.Errorf("only one step was tried: %v", seen)
+	}
+	f.Gone()
+}

@@ -1,6 +1,7 @@
 package smolvm
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -99,7 +100,11 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 			WithHint("look at the disk that holds %s", s.Dir)
 	}
 	if err := worktree.Copy(ctx, s.Rootfs, rootfsDir(s.Dir), nil); err != nil {
-		return 0, err
+		if ctx.Err() != nil {
+			return 0, err
+		}
+		return 0, fault.New(fault.CantCreate, "cannot_create", "the bottle's copy of the image: %w", cmp.Or(errors.Unwrap(err), err)).
+			WithHint("look at the disk that holds %s, and whether you may read all of %s", s.Dir, s.Rootfs)
 	}
 	spec, err := createSpec(s)
 	if err != nil {
