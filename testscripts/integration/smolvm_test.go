@@ -411,6 +411,37 @@ func TestSmolvmKilledMidway(t *testing.T) {
 	f.Gone()
 }
 
+// TestSmolvmInReach: a PATH that leads through the workspace, as an activated
+// virtual environment's does, leads no command to what a guest has put there.
+func TestSmolvmInReach(t *testing.T) {
+	f := newFakeSmolvm(t)
+	id := f.Up()
+	f.Write("ws/bin/smolvm", "#!/bin/sh\ntouch "+f.Home+"/ran\necho smolvm 1.9.1\n")
+	f.OK("chmod 755 ws/bin/smolvm")
+	f.Sh("mkdir -p elsewhere; ln -s " + f.Dir + "/ws/bin/smolvm elsewhere/smolvm")
+	refused := func(script string, exit int) {
+		t.Helper()
+		r := f.Sh("unset BOTTLE_SMOLVM; PATH=" + f.Dir + "/ws/bin:$PATH; " + script)
+		if r.Code != exit || !strings.Contains(r.Stderr+r.Out, "where a guest or a repository could change") {
+			t.Errorf("%s: %+v", script, r)
+		}
+		if _, err := os.Stat(filepath.Join(f.Home, "ran")); err == nil {
+			t.Errorf("%s: it ran", script)
+			_ = os.Remove(filepath.Join(f.Home, "ran"))
+		}
+	}
+	refused("bottle-vm exec "+id+" -- true", 125)
+	refused("bottle-vm cp bottle.json "+id+":/tmp/", 77)
+	refused("bottle-gc", 77)
+	refused("bottle-vm doctor", 0)
+	refused("bottle-plan | bottle-vm up", 77)
+	refused("BOTTLE_SMOLVM="+f.Dir+"/elsewhere/smolvm bottle-gc", 77)
+	f.Down(id)
+	// Before the first bottle is there, too.
+	refused("bottle-plan | bottle-vm up", 77)
+	f.Gone()
+}
+
 // TestSmolvmSecrets: no secret and no variable of a command is in what smolvm is
 // given, in the bottle's state or in the logs.
 func TestSmolvmSecrets(t *testing.T) {

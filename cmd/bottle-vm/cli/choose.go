@@ -23,12 +23,18 @@ type choice struct{ name, why string }
 // runtime auto an engine that needs hardware counts as working only once it has
 // booted something on this host; with one engine asked for, its own start is
 // the proof.
-func chooseEngines(ctx context.Context, b *plan.Bottle, root *state.Root) ([]choice, error) {
+//
+// away are the folders that the guest may write: no engine's program may lie
+// there.
+func chooseEngines(ctx context.Context, b *plan.Bottle, root *state.Root, away []string) ([]choice, error) {
 	var works []choice
 	var passed passedOver
 	for _, c := range b.Runtime.Candidates {
 		e, err := engines.Find(c.Engine)
 		if err == nil {
+			if k, ok := e.(interface{ KeepAway([]string) }); ok {
+				k.KeepAway(away)
+			}
 			err = e.Available(ctx)
 		}
 		if err == nil && b.Runtime.Requested == "auto" {

@@ -12,22 +12,28 @@ package smolvm
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/smolvm"
+	"github.com/bottle-tools/bottle/lib/state"
+	"github.com/bottle-tools/bottle/lib/trust"
 )
 
 // Engine implements engine.Engine. Make it with New.
 type Engine struct {
 	getenv func(string) string
 	env    []string
+	away   []string // where no program to run may lie; see KeepAway
 
 	mu     sync.Mutex
 	cached *smolvm.Client
@@ -91,12 +97,60 @@ func (e *Engine) client(ctx context.Context) (*smolvm.Client, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := trust.Program("smolvm", bin, e.judged(append(e.reach(), e.away...))); err != nil {
+		return nil, err
+	}
 	c, err := smolvm.Open(ctx, bin, e.env)
 	if err != nil {
 		return nil, err
 	}
 	e.cached = c
 	return c, nil
+}
+
+// KeepAway names folders of a bottle that is to be made: a smolvm in one of them
+// is not run. Those of the bottles that are there are known.
+func (e *Engine) KeepAway(dirs []string) { e.away = dirs }
+
+// reach are the folders that guests of this user's bottles may write, or that
+// came with the repositories of their manifests: a PATH may lead through one (a
+// virtual environment), and what is put there must not become the smolvm of the
+// next command.
+func (e *Engine) reach() (dirs []string) {
+	root, err := state.Open(e.getenv)
+	if err != nil {
+		return nil
+	}
+	bottles, err := root.List()
+	if err != nil {
+		return nil
+	}
+	for _, b := range bottles {
+		if rec, err := b.Load(); err == nil {
+			dirs = append(dirs, rec.ManifestDir, rec.Workspace)
+		}
+		var shown engine.Shown
+		if raw, err := os.ReadFile(b.Path(engine.ShownFile)); err == nil && json.Unmarshal(raw, &shown) == nil {
+			dirs = append(dirs, shown.Workspace, shown.Home, shown.Rootfs)
+			for _, bind := range shown.Binds {
+				if !bind.ReadOnly {
+					dirs = append(dirs, bind.Source)
+				}
+			}
+		}
+	}
+	return dirs
+}
+
+// judged leaves out a folder that holds the whole home: a manifest may lie there,
+// and so do the user's own programs. What a guest could do to it goes far beyond
+// them.
+func (e *Engine) judged(dirs []string) []string {
+	home := e.getenv("HOME")
+	if real, err := filepath.EvalSymlinks(home); err == nil {
+		home = real
+	}
+	return slices.DeleteFunc(dirs, func(d string) bool { return d == "" || home != "" && trust.Within(d, home) })
 }
 
 // Available tells whether there is a smolvm that can hold a bottle (69), and
