@@ -35,7 +35,10 @@ const (
 	// request the keeper sends back a fresh stream descriptor.
 	FD Transport = iota
 	// Socket: the keeper listens on Spec.GateSocket, which the engine makes
-	// appear in the guest as GuestSocket.
+	// appear in the guest as GuestSocket. Until Start returns the keeper answers
+	// every connection with guest.Greeting, and Start has to have heard that from
+	// inside of the guest: a socket that is not there must not look like a guest
+	// without anything to say.
 	Socket
 )
 

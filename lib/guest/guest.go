@@ -24,6 +24,11 @@ const (
 // ServiceEgress is the egress gate.
 const ServiceEgress = "egress"
 
+// Greeting is what the keeper answers on a bottle's socket (engine.Socket) as
+// long as the guest is being started: proof for both that the socket which the
+// engine was asked for is in the guest and leads to this keeper.
+const Greeting = "bottle: this way out\n"
+
 // LookupPath is what the guest's resolver asks the gate for, over
 // ServiceEgress, as GET LookupPath + "?name=" + NAME with Host LookupHost. The
 // answer is a Lookup, or a refusal like any other of the gate's.

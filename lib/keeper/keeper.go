@@ -61,6 +61,8 @@ type keeper struct {
 	phase  string // state.Starting | state.Ready | stopped
 	reason string
 
+	greeter *greeter // of a guest with a socket; nil without
+
 	ended  chan struct{} // the guest has ended, for this reason
 	why    string
 	ending sync.Mutex // held by the one that ends the bottle
@@ -218,6 +220,9 @@ func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
 		return nil, err
 	}
 	go k.watchGuest(started)
+	if err := k.greeter.over(); err != nil {
+		return nil, err
+	}
 	if err := k.gate.awaitReady(ctx); err != nil {
 		return nil, err
 	}
@@ -309,6 +314,7 @@ func (k *keeper) listen(s *engine.Spec) (<-chan error, error) {
 		if err != nil {
 			return nil, fault.New(fault.CantCreate, "cannot_create", "the guest's socket: %w", err)
 		}
+		k.greeter = &greeter{}
 		go k.accept(l.(*net.UnixListener))
 		close(ready) // the engine's Start has waited for the helper
 		return ready, nil
@@ -343,6 +349,9 @@ func (k *keeper) accept(l *net.UnixListener) {
 				k.logf("guest's socket: %v", err)
 			}
 			return
+		}
+		if k.greeter.greet(c) {
+			continue
 		}
 		if f, err := c.File(); err == nil {
 			_ = k.gate.take(f)

@@ -305,8 +305,8 @@ func TestStart(t *testing.T) {
 		answer(0, "Machine 'x' running (PID: 1)\n", starting, "machine", "start", "--name", s.ID),
 		answer(0, statusJSON(s.ID, "unreachable", guestProc.Process.Pid), "", "machine", "status", "--name", s.ID, "--json"),
 		// Slow to answer: "not running" is not believed at once.
-		answer(1, "", notUp, "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128"),
-		answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128"),
+		answer(1, "", notUp, "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
+		answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
 	)
 	st, err := e.Start(t.Context(), s)
 	if err != nil {
@@ -438,12 +438,33 @@ func TestHelperFails(t *testing.T) {
 		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
 		answer(0, "", starting, "machine", "start", "--name", s.ID),
 		answer(0, statusJSON(s.ID, "running", 0), "", "machine", "status", "--name", s.ID, "--json"),
-		answer(125, "", "bottle-guest: error: the helper is not ready\n", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128"),
+		answer(125, "", "bottle-guest: error: the helper is not ready\n", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
 		answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
 		answer(0, "[]\n", "", "machine", "ls", "--json"),
 	)
 	_, err := e.Start(t.Context(), s)
 	wantFault(t, err, fault.Unavailable, "guest_failed", "not ready")
+	if !strings.Contains(f.Calls(t), `"delete"`) {
+		t.Errorf("calls:\n%s", f.Calls(t))
+	}
+}
+
+// A socket that smolvm was asked for and that is not in the guest is a failed
+// start, and a refusal that says so.
+func TestSocketIsMissing(t *testing.T) {
+	s := newSpec(t)
+	e, f := scripted(t, version("1.9.1"),
+		answer(0, created, "", createArgv(s)...),
+		answer(0, "/var/x/vms/0123\n", "", "machine", "data-dir", "--name", s.ID),
+		answer(0, "", starting, "machine", "start", "--name", s.ID),
+		answer(0, statusJSON(s.ID, "running", 0), "", "machine", "status", "--name", s.ID, "--json"),
+		answer(123, "", "bottle-guest: error: the gate's socket: dial unix /run/bottle/gate.sock: connect: no such file or directory\n",
+			"machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
+		answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
+		answer(0, "[]\n", "", "machine", "ls", "--json"),
+	)
+	_, err := e.Start(t.Context(), s)
+	wantFault(t, err, fault.Unavailable, "gate_socket_missing", "no such file or directory", "1.9.1", "--mount-socket", "gvisor")
 	if !strings.Contains(f.Calls(t), `"delete"`) {
 		t.Errorf("calls:\n%s", f.Calls(t))
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/ca"
 	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/engine/smolvm/runner"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/guest"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -336,14 +337,22 @@ func startTwice(ctx context.Context, c *smolvm.Client, id, dir string) error {
 	return c.MachineStart(ctx, id)
 }
 
-// probe waits until commands run in the guest and the helper relays.
+// probe waits until commands run in the guest, the helper relays, and the keeper
+// has answered on the gate's socket: smolvm has dropped sockets that it was asked
+// for without a word ("machine create --from", its fix 746).
 func probe(ctx context.Context, c *smolvm.Client, id string) error {
-	r, err := firstExec(ctx, c, id, engine.GuestHelper, "await", engine.GuestProxy)
-	if err == nil && r.Code != 0 {
+	r, err := firstExec(ctx, c, id, engine.GuestHelper, "await", engine.GuestProxy, engine.GuestSocket)
+	switch {
+	case err != nil:
+		return err
+	case r.Code == runner.NoGate:
+		return fault.New(fault.Unavailable, "gate_socket_missing", "the guest runs, but the gate's socket is not in it: %.200q", r.Stderr).
+			WithHint("this smolvm (%s) did not do what --mount-socket asks for; install another version, or use runtime gvisor", c.Version)
+	case r.Code != 0:
 		return fault.New(fault.Unavailable, "guest_failed", "the guest helper did not get ready: status %d, %.200q", r.Code, r.Stderr).
 			WithHint("see what it said with: smolvm machine logs; the image has to be of this machine's architecture")
 	}
-	return err
+	return nil
 }
 
 // firstExec runs a command in a guest that has just been started, and waits for

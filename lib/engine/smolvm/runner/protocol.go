@@ -6,7 +6,9 @@
 //	/opt/bottle/guest run MARKER      what /opt/bottle/run/MARKER.json asks for
 //	/opt/bottle/guest ran MARKER      the status it ended with, as JSON
 //	/opt/bottle/guest signal MARKER N send signal N to it
-//	/opt/bottle/guest await ADDRESS   end when the helper's relay listens
+//	/opt/bottle/guest await ADDRESS SOCKET
+//	                                  end when the helper's relay listens and the
+//	                                  keeper has answered on the gate's socket
 //
 // MARKER is random for each command. What ran and how it ended is written below
 // StateDir, which only the guest's root can write: the agent cannot forge it.
@@ -19,6 +21,10 @@ const RequestDir = engine.GuestDir + "/run"
 
 // StateDir is the guest's own memory of what ran.
 const StateDir = "/run/bottle-run"
+
+// NoGate is await's status where the helper is ready and the gate's socket is
+// not there, or leads to somebody else.
+const NoGate = 123
 
 // Request is one command.
 type Request struct {

@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/bottle-tools/bottle/lib/guest"
 )
 
 // Statuses of commands that could not be started, as shells give them.
@@ -51,8 +53,8 @@ func (r Runner) Main(args []string, stdout, stderr io.Writer) (status int, ok bo
 		status, err = r.run(args[1], stderr)
 	case len(args) == 2 && args[0] == "ran":
 		err = r.ran(args[1], stdout)
-	case len(args) == 2 && args[0] == "await":
-		err = await(args[1], awaitLimit)
+	case len(args) == 3 && args[0] == "await":
+		status, err = await(args[1], args[2], awaitLimit)
 	case len(args) == 3 && args[0] == "signal":
 		err = r.signal(args[1], args[2])
 	default:
@@ -60,7 +62,9 @@ func (r Runner) Main(args []string, stdout, stderr io.Writer) (status int, ok bo
 	}
 	if err != nil {
 		fmt.Fprintf(stderr, "bottle-guest: error: %v\n", err)
-		return ownFailure, true
+		if status == 0 {
+			status = ownFailure
+		}
 	}
 	return status, true
 }
@@ -280,17 +284,55 @@ func (r Runner) signal(marker, number string) error {
 	return nil
 }
 
-// await dials the address until somebody listens there.
-func await(address string, limit time.Duration) error {
+// await dials the address until somebody listens there, and then the gate's
+// socket until the keeper answers on it.
+func await(address, socket string, limit time.Duration) (status int, err error) {
 	deadline := time.Now().Add(limit)
-	for {
+	err = again(deadline, func() error {
 		c, err := net.DialTimeout("tcp", address, time.Second)
-		if err == nil {
-			return c.Close()
+		if err != nil {
+			return err
 		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("the helper is not ready: %w", err)
+		return c.Close()
+	})
+	if err != nil {
+		return ownFailure, fmt.Errorf("the helper is not ready: %w", err)
+	}
+	if err := again(deadline, func() error { return greeted(socket, deadline) }); err != nil {
+		return NoGate, fmt.Errorf("the gate's socket: %w", err)
+	}
+	return 0, nil
+}
+
+var errStranger = errors.New("answers somebody who is not the keeper")
+
+func again(deadline time.Time, try func() error) error {
+	for {
+		err := try()
+		if err == nil || errors.Is(err, errStranger) || time.Now().After(deadline) {
+			return err
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
+}
+
+// greeted hears what the keeper says. smolvm's agent takes the connection itself
+// and closes it when there is nobody on the host: connecting alone proves nothing.
+func greeted(socket string, deadline time.Time) error {
+	c, err := net.DialTimeout("unix", socket, time.Second)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(deadline); err != nil {
+		return err
+	}
+	heard := make([]byte, len(guest.Greeting))
+	if n, err := io.ReadFull(c, heard); err != nil {
+		return fmt.Errorf("%s is there, and nobody answers on it: %d bytes, %w", socket, n, err)
+	}
+	if string(heard) != guest.Greeting {
+		return fmt.Errorf("on %s %w: %q", socket, errStranger, heard)
+	}
+	return nil
 }

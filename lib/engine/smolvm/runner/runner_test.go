@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/bottle-tools/bottle/lib/guest"
 )
 
 const marker = "0123456789abcdef0123456789abcdef"
@@ -111,12 +113,54 @@ func TestAwait(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr := l.Addr().String()
-	if err := await(addr, time.Second); err != nil {
-		t.Error(err)
+	addr, dir := l.Addr().String(), t.TempDir()
+	gate := func(name, says string) string {
+		path := filepath.Join(dir, name)
+		l, err := net.Listen("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				_, _ = io.WriteString(c, says)
+				if says != "" {
+					c.Close()
+				}
+			}
+		}()
+		return path
 	}
-	l.Close()
-	if err := await(addr, 50*time.Millisecond); err == nil {
-		t.Error("nobody listens")
+	good := gate("good", guest.Greeting)
+	for _, tt := range []struct {
+		name, addr, socket string
+		status             int
+		says               string
+	}{
+		{"ready", addr, good, 0, ""},
+		{"no socket", addr, filepath.Join(dir, "none"), NoGate, "none"},
+		{"closed at once, as smolvm's agent does without a host", addr, gate("shut", "\n"), NoGate, "nobody answers"},
+		{"silent", addr, gate("silent", ""), NoGate, "nobody answers"},
+		{"somebody else", addr, gate("other", strings.Repeat("x", 100)), NoGate, "not the keeper"},
+		{"no helper", "127.0.0.1:1", good, ownFailure, "not ready"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			limit := 300 * time.Millisecond
+			if tt.name == "ready" || tt.name == "somebody else" { // known at once
+				limit = 20 * time.Second
+			}
+			status, err := await(tt.addr, tt.socket, limit)
+			if status != tt.status || (err == nil) != (tt.status == 0) || err != nil && !strings.Contains(err.Error(), tt.says) {
+				t.Errorf("status %d, %v", status, err)
+			}
+		})
+	}
+	var errs strings.Builder
+	if status, ok := (Runner{}).Main([]string{"await", addr, good}, io.Discard, &errs); status != 0 || !ok || errs.Len() != 0 {
+		t.Errorf("%d, %v, %s", status, ok, errs.String())
 	}
 }
