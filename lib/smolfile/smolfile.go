@@ -2,15 +2,18 @@
 // in TOML. It is pure.
 //
 // smolvm refuses a Smolfile with an unknown field, and a Smolfile cannot say
-// everything: sockets (--mount-socket) and the guest paths of this host go on
-// the command line, by engine smolvm. What is written here is what smolvm 1.9.1
-// was recorded to accept (testscripts/transcripts/smolvm, s01-smolfile-ok).
+// everything: name, labels, sockets (--mount-socket) and a local image (1.9.1
+// takes the image of a Smolfile for a registry's reference) go on the command
+// line, by engine smolvm. What is written here is what smolvm 1.9.1 was recorded
+// to accept (testscripts/transcripts/smolvm, s01-smolfile-ok), and both pinned
+// versions are asked by the tests of lib/smolvm.
 package smolfile
 
 import (
 	"bytes"
 	"math"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/BurntSushi/toml"
 
@@ -28,15 +31,21 @@ type File struct {
 	Workdir   string        // absolute guest path; empty for the image's own
 	CPUs      int           // 1 to 255; 0 leaves smolvm's default
 	MemoryMiB int           // 0 leaves smolvm's default
+
+	// Of one host, and so never in a document.
+	Entrypoint []string // the workload, run at every start
+	Volumes    []string // HOST:GUEST[:ro]
 }
 
 // wire has the fields in the order that smolvm names them in.
 type wire struct {
-	Env     []string `toml:"env,omitempty"`
-	Workdir string   `toml:"workdir,omitempty"`
-	CPUs    uint8    `toml:"cpus,omitzero"`
-	Memory  uint32   `toml:"memory,omitzero"`
-	Net     bool     `toml:"net"`
+	Entrypoint []string `toml:"entrypoint,omitempty"`
+	Env        []string `toml:"env,omitempty"`
+	Workdir    string   `toml:"workdir,omitempty"`
+	CPUs       uint8    `toml:"cpus,omitzero"`
+	Memory     uint32   `toml:"memory,omitzero"`
+	Net        bool     `toml:"net"`
+	Volumes    []string `toml:"volumes,omitempty"`
 }
 
 // FromPlan takes what a Smolfile can say from a plan.
@@ -61,7 +70,13 @@ func (f File) TOML() ([]byte, error) {
 		return nil, fault.New(fault.Host, "smolfile_limit", "smolvm takes at most %d MiB of memory, not %d", uint32(math.MaxUint32), f.MemoryMiB).
 			At("resources.memory_mib").WithHint("ask for less memory")
 	}
-	w := wire{Workdir: f.Workdir, CPUs: uint8(f.CPUs), Memory: uint32(f.MemoryMiB)}
+	for _, s := range append(append([]string{f.Workdir}, f.Entrypoint...), f.Volumes...) {
+		if !utf8.ValidString(s) || strings.Contains(s, "\x00") {
+			return nil, fault.New(fault.Host, "smolfile_text", "a Smolfile cannot name %q: TOML is UTF-8", s).
+				WithHint("rename it, or use runtime gvisor")
+		}
+	}
+	w := wire{Entrypoint: f.Entrypoint, Workdir: f.Workdir, CPUs: uint8(f.CPUs), Memory: uint32(f.MemoryMiB), Volumes: f.Volumes}
 	for _, v := range f.Env {
 		if v.Name == "" || strings.ContainsAny(v.Name, "=\x00") || strings.Contains(v.Value, "\x00") {
 			return nil, fault.New(fault.Data, "smolfile_env", "variable %q cannot be set", v.Name).

@@ -130,6 +130,36 @@ func kind(v any) string {
 	return "table"
 }
 
+// What is of one host is there for the engine and in no document.
+func TestHostsOwn(t *testing.T) {
+	f := FromPlan(full())
+	if f.Entrypoint != nil || f.Volumes != nil {
+		t.Errorf("%+v", f)
+	}
+	f.Entrypoint = []string{"/opt/bottle/guest", "init", "/opt/bottle/config.json"}
+	f.Volumes = []string{"/home/me/a \"b\"\n[network]:/workspace", "/x:/opt/bottle:ro"}
+	text, err := f.TOML()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got map[string]any
+	if _, err := toml.Decode(string(text), &got); err != nil {
+		t.Fatalf("%v in\n%s", err, text)
+	}
+	fields := legal(t)
+	for name := range got {
+		if !fields[name] {
+			t.Errorf("smolvm knows no field %q", name)
+		}
+	}
+	if diff := cmp.Diff([]any{f.Volumes[0], f.Volumes[1]}, got["volumes"]); diff != "" {
+		t.Error(diff)
+	}
+	if diff := cmp.Diff([]any{"/opt/bottle/guest", "init", "/opt/bottle/config.json"}, got["entrypoint"]); diff != "" {
+		t.Error(diff)
+	}
+}
+
 func TestMinimal(t *testing.T) {
 	text, err := FromPlan(&plan.Bottle{}).TOML()
 	if err != nil {
@@ -155,6 +185,8 @@ func TestRefused(t *testing.T) {
 		{"name with =", env("A=B", "x"), fault.Data, "smolfile_env"},
 		{"name with NUL", env("A\x00", "x"), fault.Data, "smolfile_env"},
 		{"value with NUL", env("A", "x\x00y"), fault.Data, "smolfile_env"},
+		{"a path that is no UTF-8", File{Volumes: []string{"/a\xff:/workspace"}}, fault.Host, "smolfile_text"},
+		{"a path with NUL", File{Entrypoint: []string{"/a\x00"}}, fault.Host, "smolfile_text"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

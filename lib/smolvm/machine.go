@@ -282,6 +282,7 @@ type Machine struct {
 	MemoryMiB int
 	Image     string
 	Network   bool
+	Mounts    int // how many
 	Labels    map[string]string
 	CreatedAt int64 // seconds since 1970
 }
@@ -358,6 +359,7 @@ func machine(op string, v gjson.Result) (Machine, error) {
 		MemoryMiB: number(v.Get("memory_mib")),
 		Image:     v.Get("image").Str,
 		Network:   v.Get("network").Type == gjson.True,
+		Mounts:    number(v.Get("mounts")),
 		Labels:    map[string]string{},
 		CreatedAt: int64(number(v.Get("created_at"))),
 	}

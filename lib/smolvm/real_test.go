@@ -8,10 +8,15 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/tidwall/gjson"
+
+	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/smolfile"
 	"github.com/bottle-tools/bottle/lib/smolvm/smolvmtest"
 	"github.com/bottle-tools/bottle/testscripts/fakesmolvm"
 )
@@ -104,6 +109,79 @@ func TestRealMachineRecords(t *testing.T) {
 			t.Errorf("left over: %v, %v", list, err)
 		}
 	})
+}
+
+// The real, strict parsers take every field that a plan's Smolfile can have, and
+// read it as it was meant; they take nothing that they do not know.
+func TestRealSmolfile(t *testing.T) {
+	each(t, func(t *testing.T, c *Client) {
+		ctx, dir := t.Context(), t.TempDir()
+		write := func(text string) string {
+			path := filepath.Join(dir, "Smolfile")
+			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			return path
+		}
+		odd := filepath.Join(dir, "a \"b\" = [x] é")
+		if err := os.Mkdir(odd, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		b := &plan.Bottle{
+			Env:       []plan.EnvVar{{Name: "LANG", Value: "C.UTF-8"}, {Name: "ODD", Value: "a \"b\"\n'c' \\ = é\t\x1b"}, {Name: "EMPTY"}},
+			Resources: plan.Resources{CPUs: 3, MemoryMiB: 777},
+		}
+		f := smolfile.FromPlan(b)
+		f.Entrypoint = []string{"/opt/bottle/guest", "init", "/opt/bottle/config.json"}
+		f.Volumes = []string{odd + ":/workspace", dir + ":/opt/bottle:ro"}
+		text, err := f.TOML()
+		if err != nil {
+			t.Fatal(err)
+		}
+		spec := CreateSpec{Labels: []Label{{"owner", "bottle"}}, Image: dir + "/", Smolfile: write(string(text)),
+			Sockets: []Socket{{filepath.Join(dir, "gate.sock"), "/run/bottle/gate.sock"}}}
+		if err := c.MachineCreate(ctx, "full", spec); err != nil {
+			t.Fatalf("%v\n%s", err, text)
+		}
+		m, err := c.MachineStatus(ctx, "full")
+		if err != nil || m.CPUs != 3 || m.MemoryMiB != 777 || m.Mounts != 2 || m.Network || m.Labels["owner"] != "bottle" || !strings.HasPrefix(m.Image, "local-dir:") {
+			t.Errorf("status: %+v, %v", m, err)
+		}
+		r, err := c.call(ctx, "machine status", DefaultTimeout, []string{"machine", "status", "--name", "full", "--json"})
+		if got := gjson.GetBytes(r.Stdout, "entrypoint").Raw; err != nil || !slices.Equal(words(got), f.Entrypoint) {
+			t.Errorf("entrypoint %s, %v", got, err)
+		}
+		// The section of a document is a whole Smolfile.
+		b.Runtime.Candidates = []plan.Candidate{{Engine: "smolvm"}}
+		section, err := smolfile.Section(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.MachineCreate(ctx, "section", CreateSpec{Image: dir + "/", Smolfile: write(section)}); err != nil {
+			t.Errorf("%v\n%s", err, section)
+		}
+		for _, line := range []string{"cpuz = 2", "mount_sockets = [\"/a:/b\"]", "cpus = 256", "net = \"no\"", "[network]\nallow = []"} {
+			err := c.MachineCreate(ctx, "bad", CreateSpec{Image: dir + "/", Smolfile: write(line + "\n")})
+			var e *Error
+			if !errors.As(err, &e) || !strings.Contains(e.Stderr, "TOML parse error") {
+				t.Errorf("%q: %v", line, err)
+			}
+		}
+		// What is in a pack cannot be described by a Smolfile as well.
+		if err := c.MachineCreate(ctx, "bad", CreateSpec{From: filepath.Join(dir, "x.smolmachine"), Smolfile: write(section)}); !errors.Is(err, ErrUsage) {
+			t.Errorf("--from with a Smolfile: %v", err)
+		}
+		if err := c.MachineCreate(ctx, "bad", CreateSpec{From: filepath.Join(dir, "x.smolmachine")}); err == nil || !strings.Contains(err.Error(), "file not found") {
+			t.Errorf("--from of nothing: %v", err)
+		}
+	})
+}
+
+func words(jsonArray string) (all []string) {
+	for _, v := range gjson.Parse(jsonArray).Array() {
+		all = append(all, v.Str)
+	}
+	return all
 }
 
 func TestRealErrors(t *testing.T) {

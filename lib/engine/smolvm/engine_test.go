@@ -53,6 +53,7 @@ func newSpec(t *testing.T) *engine.Spec {
 		ID:  "dev-0123abcd",
 		Dir: filepath.Join(dir, "bottles", "dev-0123abcd"), RunDir: dir,
 		Bottle: &plan.Bottle{ID: "dev", User: "agent", Resources: plan.Resources{CPUs: 1, MemoryMiB: 512},
+			Env:   []plan.EnvVar{{Name: "LANG", Value: "C.UTF-8"}},
 			Files: []plan.File{{Path: ".agent.json", Content: "{}"}}},
 		Workspace: filepath.Join(dir, "work"), Rootfs: filepath.Join(dir, "rootfs"),
 		Binds:       []engine.Bind{{Source: filepath.Join(dir, "extra"), Target: "/opt/extra", ReadOnly: true}},
@@ -231,6 +232,8 @@ func TestPrepareRefuses(t *testing.T) {
 		{"over the whole workspace", "smolvm_nested_mount", func(_ *testing.T, s *engine.Spec) {
 			s.Binds = bind(s.RunDir, "/workspace", true)
 		}},
+		{"colon in a folder", "smolvm_colon", func(t *testing.T, s *engine.Spec) { s.Binds = bind(mkdir(t, s.RunDir+"/a:/b"), "/opt/x", true) }},
+		{"colon in the guest", "smolvm_colon", func(_ *testing.T, s *engine.Spec) { s.Binds = bind(s.RunDir, "/opt/x:ro", false) }},
 		{"over the folder above", "smolvm_nested_mount", func(_ *testing.T, s *engine.Spec) { s.Binds = bind(s.RunDir, "/opt", false) }},
 		{"over an empty folder", "smolvm_nested_mount", func(t *testing.T, s *engine.Spec) {
 			mkdir(t, s.Workspace+"/data")
@@ -269,12 +272,20 @@ func TestPrepareRefuses(t *testing.T) {
 
 // createArgv is what Start has to ask for; nothing secret and no variable in it.
 func createArgv(s *engine.Spec) []string {
-	return []string{"machine", "create", "--name", s.ID, "--cpus", "1", "--mem", "512",
-		"--label", "owner=bottle", "--label", "bottle-state=" + tagOf(s.Dir),
-		"--image", s.Dir + "/smolvm/rootfs/",
-		"-v", s.Dir + "/smolvm/guest:/opt/bottle:ro", "-v", s.Workspace + ":/workspace", "-v", s.Binds[0].Source + ":/opt/extra:ro",
-		"--mount-socket", s.GateSocket + ":/run/bottle/gate.sock",
-		"--", "/opt/bottle/guest", "init", "/opt/bottle/config.json"}
+	return []string{"machine", "create", "--name", s.ID, "--label", "owner=bottle", "--label", "bottle-state=" + tagOf(s.Dir),
+		"--image", s.Dir + "/smolvm/rootfs/", "-s", s.Dir + "/smolvm/Smolfile",
+		"--mount-socket", s.GateSocket + ":/run/bottle/gate.sock"}
+}
+
+func wantSmolfile(s *engine.Spec) string {
+	return fmt.Sprintf(`entrypoint = ["/opt/bottle/guest", "init", "/opt/bottle/config.json"]
+env = ["LANG=C.UTF-8"]
+workdir = "/workspace"
+cpus = 1
+memory = 512
+net = false
+volumes = ["%s/smolvm/guest:/opt/bottle:ro", "%s:/workspace", "%s:/opt/extra:ro"]
+`, s.Dir, s.Workspace, s.Binds[0].Source)
 }
 
 const (
@@ -366,6 +377,9 @@ func checkStaged(t *testing.T, s *engine.Spec) {
 	}
 	if fi, err := os.Stat(s.Dir + "/smolvm/guest/guest"); err != nil || fi.Mode().Perm()&0o111 == 0 {
 		t.Errorf("helper: %v", err)
+	}
+	if b, err := os.ReadFile(s.Dir + "/smolvm/Smolfile"); err != nil || string(b) != wantSmolfile(s) {
+		t.Errorf("Smolfile, %v:\n%s", err, b)
 	}
 	if b, err := os.ReadFile(machineFile(s.Dir)); err != nil || !strings.Contains(string(b), vmDir(s)) {
 		t.Errorf("machine.json: %s, %v", b, err)
@@ -705,7 +719,7 @@ func TestRealCreate(t *testing.T) {
 				t.Fatal(err)
 			}
 			m, err := c.MachineStatus(t.Context(), s.ID)
-			if err != nil || !isOurs(m, tagOf(s.Dir)) || m.Network {
+			if err != nil || !isOurs(m, tagOf(s.Dir)) || m.Network || m.CPUs != 1 || m.MemoryMiB != 512 || m.Mounts != 3 {
 				t.Errorf("%+v, %v", m, err)
 			}
 			if alive, err := e.Alive(t.Context(), refOf(s)); alive || err != nil {

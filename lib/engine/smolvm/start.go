@@ -20,6 +20,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/guest"
 	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/smolfile"
 	"github.com/bottle-tools/bottle/lib/smolvm"
 	"github.com/bottle-tools/bottle/lib/state"
 	"github.com/bottle-tools/bottle/lib/worktree"
@@ -30,6 +31,7 @@ import (
 //	smolvm/machine.json   what Delete needs when smolvm knows nothing any more
 //	smolvm/guest/         the guest's /opt/bottle: helper, config, CA, requests
 //	smolvm/rootfs/        the image, a copy
+//	smolvm/Smolfile       the machine, as far as a Smolfile can describe it
 //
 // A copy, because smolvm attaches the folder of an image without the read-only
 // flag of its file server (source of 1.9.1, src/agent/launcher.rs): a guest that
@@ -39,10 +41,11 @@ const (
 	requestsDir = "run"
 )
 
-func ownDir(dir string) string      { return filepath.Join(dir, "smolvm") }
-func guestDir(dir string) string    { return filepath.Join(ownDir(dir), "guest") }
-func rootfsDir(dir string) string   { return filepath.Join(ownDir(dir), "rootfs") }
-func machineFile(dir string) string { return filepath.Join(ownDir(dir), "machine.json") }
+func ownDir(dir string) string       { return filepath.Join(dir, "smolvm") }
+func guestDir(dir string) string     { return filepath.Join(ownDir(dir), "guest") }
+func rootfsDir(dir string) string    { return filepath.Join(ownDir(dir), "rootfs") }
+func machineFile(dir string) string  { return filepath.Join(ownDir(dir), "machine.json") }
+func smolfilePath(dir string) string { return filepath.Join(ownDir(dir), "Smolfile") }
 
 // Polling of a guest that is slow to answer. On emulated hardware smolvm says
 // "not running" for seconds after a start that worked.
@@ -111,7 +114,11 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 	if err != nil {
 		return 0, err
 	}
-	pins, err := pin(elsewhere(spec.Volumes, s.Dir))
+	vs, err := volumes(s) // what the Smolfile names, too
+	if err != nil {
+		return 0, err
+	}
+	pins, err := pin(elsewhere(vs, s.Dir))
 	defer pins.close()
 	if err != nil {
 		return 0, err
@@ -162,20 +169,27 @@ func exchanged(path, why string) error {
 		WithHint("see what writes where it lies (another bottle's guest?), and start it again once that has ended")
 }
 
+// createSpec writes the Smolfile and gives what is left for the command line.
 func createSpec(s *engine.Spec) (smolvm.CreateSpec, error) {
 	vs, err := volumes(s)
 	if err != nil {
 		return smolvm.CreateSpec{}, err
 	}
+	f := smolfile.FromPlan(s.Bottle)
+	f.Entrypoint = []string{engine.GuestHelper, "init", engine.GuestConfig}
+	for _, v := range vs {
+		f.Volumes = append(f.Volumes, v.String())
+	}
+	text, err := f.TOML()
+	if err != nil {
+		return smolvm.CreateSpec{}, err
+	}
 	return smolvm.CreateSpec{
-		CPUs:    s.Bottle.Resources.CPUs,
-		MemMiB:  s.Bottle.Resources.MemoryMiB,
-		Labels:  ownLabels(tagOf(s.Dir)),
-		Image:   rootfsDir(s.Dir) + "/", // a folder, never a reference
-		Volumes: vs,
-		Sockets: []smolvm.Socket{{Host: s.GateSocket, Guest: engine.GuestSocket}},
-		Command: []string{engine.GuestHelper, "init", engine.GuestConfig},
-	}, nil
+		Labels:   ownLabels(tagOf(s.Dir)),
+		Image:    rootfsDir(s.Dir) + "/", // a folder, never a reference
+		Smolfile: smolfilePath(s.Dir),
+		Sockets:  []smolvm.Socket{{Host: s.GateSocket, Guest: engine.GuestSocket}},
+	}, os.WriteFile(smolfilePath(s.Dir), text, 0o600)
 }
 
 // stage makes the guest's /opt/bottle on the host.
