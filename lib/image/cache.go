@@ -476,7 +476,11 @@ func Rootfs(cacheDir, digest string) (string, error) {
 			return e.Rootfs, nil
 		}
 	}
-	return "", fault.New(fault.NoInput, "image_missing", "image %s is not in the cache %s", digest, quote(cacheDir)).
+	return "", errNotPacked(digest, cacheDir)
+}
+
+func errNotPacked(digest, cacheDir string) error {
+	return fault.New(fault.NoInput, "image_missing", "image %s is not in the cache %s", digest, quote(cacheDir)).
 		WithHint("run bottle-pack on this plan again")
 }
 
@@ -546,7 +550,7 @@ func Sweep(cacheDir string) error {
 	return c.sweep()
 }
 
-// Remove takes an entry, and the archive made of it, out of the cache. The
+// Remove takes an entry, and what was made of it, out of the cache. The
 // caller knows that no bottle uses it. An entry that is not there is success.
 func Remove(ctx context.Context, cacheDir, digest string) error {
 	name, err := entryName(digest)
@@ -566,7 +570,7 @@ func Remove(ctx context.Context, cacheDir, digest string) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
 	}
-	if err := errors.Join(err, c.discard(filepath.Join(c.dir, name))); err != nil {
+	if err := errors.Join(err, c.removeDerived(name), c.discard(filepath.Join(c.dir, name))); err != nil {
 		return fault.New(fault.IO, "image_io", "cache entry %s: %w", digest, err)
 	}
 	return nil

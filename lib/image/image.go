@@ -33,6 +33,7 @@
 //	sha256-<hex>/rootfs      the root file system
 //	sha256-<hex>/entry.json  written last; without it the entry does not count
 //	archives/                docker-archives made for engine smolvm
+//	derived/                 what programs made of an entry: .smolmachine files
 //	index/                   what a source file held when it had this inode, size and times
 //	locks/                   flock files, one of 256 for each entry
 //	tmp-<random>/            work in progress, flocked; swept when its process is gone
