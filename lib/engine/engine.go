@@ -62,6 +62,7 @@ type Spec struct {
 	ReadOnly  bool   // workspace mode ro
 	Binds     []Bind // mounts of the plan, pinned git paths, hidden paths; in mount order
 	Rootfs    string // absolute path of the unpacked image; "" for image host
+	Pack      string // what the engine itself made of Rootfs (see Packer); "" for none
 	Home      string // absolute host folder for home: keep; "" to discard
 
 	GuestHelper string   // absolute host path of the static bottle-guest
@@ -123,6 +124,16 @@ type Verifier interface {
 	// and Programs what it starts for a moment.
 	Sockets(r Ref) []string
 	Programs() []string
+}
+
+// Packer is an engine that can make a file of a root file system which its guests
+// may be started from.
+type Packer interface {
+	// PackName tells what the file is called, beside the digest of what it is made
+	// of: engine, version, machine. It is a fault (78) where it cannot be made.
+	PackName(ctx context.Context) (string, error)
+	// Pack makes one in dir and gives its path.
+	Pack(ctx context.Context, rootfs, dir string) (string, error)
 }
 
 // Ref finds a started bottle again, from another process.

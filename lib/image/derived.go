@@ -94,14 +94,32 @@ func (c *cache) derivedPath(digest, by string) (string, error) {
 	return filepath.Join(c.dir, derivedDir, name+"."+by), nil
 }
 
-// Derived gives the path of a file that Derive made, if it is there.
-func Derived(cacheDir, digest, by string) (string, bool, error) {
+// Derived gives the files that Derive made of this root file system: the path of
+// each, by what made it.
+func Derived(cacheDir, digest string) (map[string]string, error) {
+	name, err := entryName(digest)
+	if err != nil {
+		return nil, err
+	}
 	c, ok, err := existing(cacheDir)
 	if err != nil || !ok {
-		return "", false, err
+		return nil, err
 	}
-	path, err := c.derivedPath(digest, by)
-	return path, err == nil && ownedFile(path), err
+	names, err := readNames(filepath.Join(c.dir, derivedDir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, cacheFault(err, c.dir)
+	}
+	found := map[string]string{}
+	for _, n := range names {
+		path := filepath.Join(c.dir, derivedDir, n)
+		if by, ok := strings.CutPrefix(n, name+"."); ok && ownedFile(path) {
+			found[by] = path
+		}
+	}
+	return found, nil
 }
 
 // removeDerived takes away all that was made of the entry of this name.

@@ -31,8 +31,8 @@ func TestDerive(t *testing.T) {
 		out := filepath.Join(dir, "out")
 		return out, os.WriteFile(out, []byte("made"), 0o600)
 	}
-	if _, ok, err := Derived(b.opts.CacheDir, p.Digest, by); ok || err != nil {
-		t.Errorf("there before it was made: %v, %v", ok, err)
+	if found, err := Derived(b.opts.CacheDir, p.Digest); len(found) != 0 || err != nil {
+		t.Errorf("there before it was made: %v, %v", found, err)
 	}
 	var path string
 	for i := range 3 {
@@ -45,8 +45,8 @@ func TestDerive(t *testing.T) {
 	if data, err := os.ReadFile(path); err != nil || string(data) != "made" {
 		t.Errorf("%q, %v", data, err)
 	}
-	if found, ok, err := Derived(b.opts.CacheDir, p.Digest, by); found != path || !ok || err != nil {
-		t.Errorf("%q, %v, %v", found, ok, err)
+	if found, err := Derived(b.opts.CacheDir, p.Digest); len(found) != 1 || found[by] != path || err != nil {
+		t.Errorf("%q, %v", found, err)
 	}
 	noTemps(t, b.opts.CacheDir)
 	// Another program's, and another image's, are others.
@@ -98,8 +98,8 @@ func TestDeriveFails(t *testing.T) {
 			_, _, err := Derive(tt.ctx, b.opts, p.Digest, by, tt.build)
 			wantFault(t, err, tt.exit, tt.code)
 			noTemps(t, b.opts.CacheDir)
-			if _, ok, err := Derived(b.opts.CacheDir, p.Digest, by); ok || err != nil {
-				t.Errorf("there: %v, %v", ok, err)
+			if found, err := Derived(b.opts.CacheDir, p.Digest); len(found) != 0 || err != nil {
+				t.Errorf("there: %v, %v", found, err)
 			}
 		})
 	}
@@ -141,8 +141,8 @@ func TestDeriveKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait()
-	if _, ok, err := Derived(b.opts.CacheDir, p.Digest, by); ok || err != nil {
-		t.Errorf("half a file is used: %v, %v", ok, err)
+	if found, err := Derived(b.opts.CacheDir, p.Digest); len(found) != 0 || err != nil {
+		t.Errorf("half a file is used: %v, %v", found, err)
 	}
 	stale, err := Stale(b.opts.CacheDir)
 	if err != nil || len(stale) != 1 || !strings.Contains(stale[0], tmpPrefix) {

@@ -39,6 +39,7 @@ type Config struct {
 
 	Workspace string        `json:"workspace"` // the host folder
 	Rootfs    string        `json:"rootfs"`    // "" for image host
+	Pack      string        `json:"pack"`      // the engine's own form of Rootfs; "" for none
 	Home      string        `json:"home"`      // "" to discard
 	Mounts    []engine.Bind `json:"mounts"`
 	Conceal   []string      `json:"conceal"` // files that secrets come from, absolute

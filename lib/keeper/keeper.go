@@ -280,7 +280,7 @@ func (k *keeper) spec() (*engine.Spec, error) {
 	s := &engine.Spec{
 		ID: k.cfg.ID, Bottle: k.plan, Dir: k.bottle.Dir, RunDir: k.rec.RunDir,
 		Workspace: k.cfg.Workspace, ReadOnly: k.plan.Workspace.Mode == "ro",
-		Rootfs: k.cfg.Rootfs, Home: k.cfg.Home, GuestHelper: k.cfg.GuestExe,
+		Rootfs: k.cfg.Rootfs, Pack: k.cfg.Pack, Home: k.cfg.Home, GuestHelper: k.cfg.GuestExe,
 		CABundle: slices.Concat(bundle, slices.Concat(own...), k.caCert), CACert: k.caCert,
 		HostUID: k.cfg.HostUID, HostGID: k.cfg.HostGID,
 		Log: log, Record: k.record,

@@ -57,6 +57,15 @@ type Facts struct {
 	RunDirs  []RunDir
 	Machines []VM
 	Cache    []string // folders that dead packers left
+	Packers  []Packer
+}
+
+// Packer is a process of an engine that makes a pack of an image: its program, or
+// the guest that it has booted for that.
+type Packer struct {
+	plan.Process
+	For plan.Process // who asked for the pack
+	Dir string       // of the guest; "" for the program
 }
 
 // Bottle is one folder of the registry.
@@ -142,6 +151,18 @@ func Decide(f Facts) []Orphan {
 	for _, path := range f.Cache {
 		all = append(all, Orphan{Kind: Cache, Path: path, Action: "remove",
 			Evidence: []string{"unfinished, and the process that made it is gone (its lock is free)"}})
+	}
+	for _, p := range f.Packers {
+		why := f.gone(p.For)
+		if why == "" {
+			continue
+		}
+		o := Orphan{Kind: Process, Role: "packer", Process: &p.Process, Path: p.Dir, Action: "kill", Evidence: []string{
+			"alive: " + describe(p.Process), "it makes a pack of an image for " + describe(p.For) + ", which " + why}}
+		if p.Dir != "" {
+			o.Kind = Machine
+		}
+		all = append(all, o)
 	}
 	for i := range all {
 		all[i].Format = plan.FormatVersion

@@ -118,6 +118,10 @@ func TestDecide(t *testing.T) {
 				VM{Name: "bottle-check-22222222", State: "running", Maker: &dead})
 		}, "machine", "what made it, pid 99"},
 		{"cache", func(f *Facts, b *Bottle) { f.Cache = []string{"/c/tmp-1"} }, "cache", "its lock is free"},
+		{"packs for nobody", func(f *Facts, b *Bottle) {
+			f.Seen[7] = proc(7)
+			f.Packers = []Packer{{proc(8), proc(7), ""}, {proc(9), proc(7), "/vms/1"}, {proc(10), proc(66), ""}, {proc(11), proc(66), "/vms/2"}}
+		}, "process:packer machine:packer", "which is dead"},
 		{"at once", func(f *Facts, b *Bottle) { f.MinAge, b.Record, b.Changed = 0, nil, now }, "socket folder", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

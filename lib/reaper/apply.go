@@ -3,6 +3,7 @@ package reaper
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
@@ -43,6 +44,8 @@ func byBottle(orphans []orphan.Orphan) [][]orphan.Orphan {
 		switch {
 		case o.Kind == orphan.Cache:
 			key = "cache"
+		case packer(o):
+			key = fmt.Sprintf("process %d", o.Process.PID)
 		case o.ID == "":
 			key = "path " + o.Path
 		}
@@ -57,11 +60,15 @@ func byBottle(orphans []orphan.Orphan) [][]orphan.Orphan {
 	return groups
 }
 
+func packer(o orphan.Orphan) bool { return o.ID == "" && o.Process != nil }
+
 func applyOne(ctx context.Context, root *state.Root, o orphan.Orphan, now time.Time, minAge time.Duration,
 	engines func(string) engine.Engine, src Sources) error {
 	switch {
 	case o.Kind == orphan.Cache:
 		return src.SweepCache()
+	case packer(o):
+		return src.EndPacker(ctx, orphan.Packer{Process: *o.Process, Dir: o.Path})
 	case o.ID == "":
 		return removeSockets(root, o.Path)
 	case o.Kind == orphan.Machine && o.Process == nil:

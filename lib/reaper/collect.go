@@ -29,6 +29,10 @@ type Sources struct {
 	// removes all of that.
 	StaleCache func() ([]string, error)
 	SweepCache func() error
+	// Packers are processes that make packs of images, EndPacker ends one and
+	// removes its folder.
+	Packers   func() []orphan.Packer
+	EndPacker func(ctx context.Context, p orphan.Packer) error
 }
 
 // Collect looks at the world for lib/orphan. It changes nothing. What can't be
@@ -55,6 +59,14 @@ func Collect(ctx context.Context, root *state.Root, now time.Time, minAge time.D
 	if src.StaleCache != nil {
 		f.Cache, err = src.StaleCache()
 		errs = append(errs, err)
+	}
+	if src.Packers != nil {
+		f.Packers = src.Packers()
+		for _, p := range f.Packers {
+			if now, err := state.Identify(p.For.PID); err == nil {
+				f.Seen[p.For.PID] = now
+			}
+		}
 	}
 	return f, errors.Join(errs...)
 }

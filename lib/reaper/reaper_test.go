@@ -403,7 +403,7 @@ func TestEngineThatFailsKeepsTheRecord(t *testing.T) {
 
 func TestSourcesAndErrors(t *testing.T) {
 	h := newHost(t)
-	swept, deleted := 0, []string{}
+	swept, deleted, ended := 0, []string{}, []string{}
 	src := Sources{
 		Machines: func(context.Context) ([]orphan.VM, error) {
 			return []orphan.VM{{Name: "lost-11111111"}, {Name: "stuck-22222222"}}, nil
@@ -417,6 +417,16 @@ func TestSourcesAndErrors(t *testing.T) {
 		},
 		StaleCache: func() ([]string, error) { return []string{"/c/tmp-1", "/c/tmp-2"}, nil },
 		SweepCache: func() error { swept++; return nil },
+		Packers: func() []orphan.Packer {
+			self, err := state.Identify(os.Getpid())
+			if err != nil {
+				t.Fatal(err)
+			}
+			gone := self
+			gone.StartTime++
+			return []orphan.Packer{{Process: self, For: self}, {Process: self, For: gone, Dir: "/vms/1"}}
+		},
+		EndPacker: func(_ context.Context, p orphan.Packer) error { ended = append(ended, p.Dir); return nil },
 	}
 	f, err := Collect(context.Background(), h.root, time.Now(), time.Minute, src)
 	if err != nil {
@@ -424,7 +434,7 @@ func TestSourcesAndErrors(t *testing.T) {
 	}
 	done := 0
 	err = Apply(context.Background(), h.root, orphan.Decide(f), time.Now, time.Minute, nil, src, func(orphan.Orphan) { done++ })
-	if err == nil || !strings.Contains(err.Error(), "stuck-22222222 is stuck") || done != 3 || swept != 1 || len(deleted) != 2 {
+	if err == nil || !strings.Contains(err.Error(), "stuck-22222222 is stuck") || done != 4 || swept != 1 || len(deleted) != 2 || len(ended) != 1 || ended[0] != "/vms/1" {
 		t.Errorf("%v, %d done, %d swept, deleted %q", err, done, swept, deleted)
 	}
 	broken := errors.New("broken")

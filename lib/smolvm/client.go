@@ -46,6 +46,8 @@ type Client struct {
 	StateDir string
 	// BootTimeout bounds create, start, stop, delete and cp; 0 means the constant.
 	BootTimeout time.Duration
+	// OnStart is called with the process of each call, if it is not nil.
+	OnStart func(pid int)
 }
 
 // Result is what a call printed.
@@ -143,7 +145,13 @@ func (c *Client) runWith(ctx context.Context, op string, limit time.Duration, ma
 	errs := &limited{max: maxOut, over: cancel}
 	cmd.Stdout, cmd.Stderr = out, errs
 
-	err := cmd.Run()
+	err := cmd.Start()
+	if err == nil {
+		if c.OnStart != nil {
+			c.OnStart(cmd.Process.Pid)
+		}
+		err = cmd.Wait()
+	}
 	// A monitor that inherited our pipes keeps them open; the call has ended.
 	if errors.Is(err, exec.ErrWaitDelay) {
 		err = nil

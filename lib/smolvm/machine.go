@@ -383,9 +383,18 @@ func number(v gjson.Result) int {
 // PackSpec is what "pack create" makes a .smolmachine of: an image or a stopped
 // machine, exactly one of them.
 type PackSpec struct {
-	Image  string
-	FromVM string
-	Output string // path of the stub; the payload is beside it
+	Image      string
+	FromVM     string
+	Output     string // path of the stub; the payload is beside it
+	StagingDir string // for what smolvm puts together on the way; empty for its own cache
+}
+
+// PacksLocalImages tells whether Image may be a docker-save archive or a rootfs
+// folder. 1.9.1 takes every image for a registry's reference, 1.32.2 does not;
+// where between them it changed is not known, so its help is asked.
+func (c *Client) PacksLocalImages(ctx context.Context) (bool, error) {
+	text, err := c.Help(ctx, "pack", "create")
+	return strings.Contains(text, "rootfs directory"), err
 }
 
 // PackCreate packs an image or a stopped machine. It boots a helper guest.
@@ -400,7 +409,11 @@ func (c *Client) PackCreate(ctx context.Context, s PackSpec) error {
 	default:
 		args = append(args, "--from-vm", s.FromVM)
 	}
-	_, err := c.call(ctx, op, PackTimeout, c.common(append(args, "-o", s.Output)))
+	args = append(args, "-o", s.Output)
+	if s.StagingDir != "" {
+		args = append(args, "--staging-dir", s.StagingDir)
+	}
+	_, err := c.call(ctx, op, PackTimeout, c.common(args))
 	return err
 }
 

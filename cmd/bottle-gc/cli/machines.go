@@ -18,6 +18,15 @@ import (
 func machines(p *tool.Proc, stateDir string, src *reaper.Sources) {
 	e := engine.NewFrom(p.Getenv)
 	listed := map[string]engine.Owned{}
+	src.Packers = func() (all []orphan.Packer) {
+		for _, h := range e.PackHelpers() {
+			all = append(all, orphan.Packer{Process: h.Process, For: h.Packer, Dir: h.Dir})
+		}
+		return all
+	}
+	src.EndPacker = func(_ context.Context, o orphan.Packer) error {
+		return e.EndPackHelper(engine.PackHelper{Process: o.Process, Dir: o.Dir})
+	}
 	src.Machines = func(ctx context.Context) ([]orphan.VM, error) {
 		all, err := e.Owned(ctx, stateDir)
 		switch {

@@ -7,7 +7,9 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"slices"
 
+	"github.com/bottle-tools/bottle/lib/engine/smolvm"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/image"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -26,9 +28,10 @@ func Run(ctx context.Context, p *tool.Proc) int {
 	c := &command{p: p}
 	fs.StringVar(&c.dir, "dir", "", "the manifest's `FOLDER`, where relative images start; the working folder if not given")
 	c.cacheFlag(fs)
+	fs.BoolVar(&c.smolmachine, "smolmachine", false, "also have smolvm make a .smolmachine of the image, for plans that it may run")
 	return p.Run(ctx, &tool.Command{
 		Name:       "bottle-pack",
-		ShortUsage: "bottle-plan … | bottle-pack [--dir FOLDER] [--cache FOLDER] [-o FILE] [--pretty]",
+		ShortUsage: "bottle-plan … | bottle-pack [--smolmachine] [--dir FOLDER] [--cache FOLDER] [-o FILE] [--pretty]",
 		ShortHelp:  "turn the image of a plan into a root file system in the cache",
 		LongHelp: `
 Reads documents that have a bottle section and adds pack: the image's digest,
@@ -37,6 +40,11 @@ it unpacks to, whether it was in the cache, and for smolvm the Smolfile. A plan
 that only smolvm can serve also gets the archive that smolvm takes. Nothing but
 the cache is written. It is $XDG_CACHE_HOME/bottle/images, or ~/.cache/…, and
 /var/cache/bottle/images for root.
+
+With --smolmachine the installed smolvm makes a .smolmachine of the image, where
+it can (1.32.2 can, 1.9.1 cannot: 78). It boots a guest for that. The file is kept
+in the cache by the image's digest and smolvm's version, is made once, and from
+then on bottle-vm up starts machines from it.
 
   bottle-plan claude | bottle-pack --pretty
   bottle-pack ls`,
@@ -60,9 +68,10 @@ func noVerb(args []string) error {
 }
 
 type command struct {
-	p     *tool.Proc
-	dir   string
-	cache string
+	p           *tool.Proc
+	dir         string
+	cache       string
+	smolmachine bool
 }
 
 func (c *command) cacheFlag(fs *flag.FlagSet) {
@@ -110,7 +119,30 @@ func (c *command) pack(ctx context.Context, d *plan.Doc) error {
 			return err
 		}
 	}
+	if c.smolmachine && forSmolvm(b) && b.Image.Kind != image.KindHost {
+		if err := c.makeSmolmachine(ctx, opts, section.Digest); err != nil {
+			return err
+		}
+	}
 	return d.Set("pack", section)
+}
+
+// makeSmolmachine makes sure that the cache has a .smolmachine of the image. The
+// document does not name it: which there is depends on this host's smolvm.
+func (c *command) makeSmolmachine(ctx context.Context, opts image.Options, digest string) error {
+	e := smolvm.NewFrom(c.p.Getenv)
+	name, err := e.PackName(ctx)
+	if err != nil {
+		return err
+	}
+	_, _, err = image.Derive(ctx, opts, digest, name, func(rootfs, dir string) (string, error) {
+		return e.Pack(ctx, rootfs, dir)
+	})
+	return err
+}
+
+func forSmolvm(b *plan.Bottle) bool {
+	return slices.ContainsFunc(b.Runtime.Candidates, func(c plan.Candidate) bool { return c.Engine == "smolvm" })
 }
 
 // onlySmolvm tells whether no other engine may run the plan. Where one may, the

@@ -2,6 +2,8 @@ package cli
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/image"
@@ -20,6 +22,8 @@ type row struct {
 	CreatedAt  string `json:"created_at"`
 	LastUsedAt string `json:"last_used_at"`
 	Rootfs     string `json:"rootfs"`
+	// Derived are the files that were made of it, a .smolmachine for one.
+	Derived []string `json:"derived,omitempty"`
 }
 
 func lsCommand(p *tool.Proc) *tool.Command {
@@ -34,7 +38,7 @@ func lsCommand(p *tool.Proc) *tool.Command {
 		LongHelp: `
 digest, kind, source (as the manifest that first packed it named it),
 size_bytes and entries of what it unpacked to, skipped (devices, fifos and
-sockets that were left out), created_at, last_used_at, rootfs (the folder).
+sockets that were left out), created_at, last_used_at, rootfs (the folder), derived (.smolmachine files made of it).
 An empty cache is an empty list.`,
 		FlagSet: fs,
 		Exec: func(_ context.Context, args []string) error {
@@ -56,9 +60,14 @@ func (c *command) ls(out *tool.Output) error {
 		return err
 	}
 	for _, e := range entries {
+		derived, err := image.Derived(dir, e.Digest)
+		if err != nil {
+			return err
+		}
 		line, err := plan.Encode(row{
 			Digest: e.Digest, Kind: e.Kind, Source: e.Source, SizeBytes: e.SizeBytes, Entries: e.Entries, Skipped: e.Skipped,
 			CreatedAt: e.CreatedAt.Format(time.RFC3339), LastUsedAt: e.LastUsedAt.Format(time.RFC3339), Rootfs: e.Rootfs,
+			Derived: slices.Sorted(maps.Values(derived)),
 		})
 		if err != nil {
 			return err

@@ -12,6 +12,7 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/engines"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/image"
 	"github.com/bottle-tools/bottle/lib/keeper"
@@ -109,6 +110,7 @@ type starter struct {
 	root   *state.Root
 	base   string // the manifest's folder, resolved
 	cfg    keeper.Config
+	packs  map[string]string // files made of the image, by what made them
 	// scripts of secrets' commands, as they were trusted
 	scripts trust.Scripts
 }
@@ -147,6 +149,9 @@ func (s *starter) engines(ctx context.Context) error {
 		s.cfg.Runtime, s.cfg.RuntimeWhy = c.name, c.why
 		if len(passed) > 0 {
 			s.cfg.RuntimeWhy = "not " + strings.Join(passed, "; not ")
+		}
+		if s.cfg.Pack, err = s.packed(ctx, c.name); err != nil {
+			return err
 		}
 		resolved := s.cfg // start puts the bottle's own copies in place of what it resolved
 		err := s.start(ctx)
@@ -336,6 +341,11 @@ func (s *starter) pack(ctx context.Context) error {
 		return err
 	}
 	s.cfg.Rootfs = rootfs
+	if rootfs != "" {
+		if s.packs, err = image.Derived(opts.CacheDir, got.Digest); err != nil {
+			return err
+		}
+	}
 	if !s.doc.Has("pack") {
 		return s.doc.Set("pack", got)
 	}
@@ -348,6 +358,23 @@ func (s *starter) pack(ctx context.Context) error {
 			WithHint("run bottle-pack again")
 	}
 	return nil
+}
+
+// packed gives the file that bottle-pack had the engine make of the image, if
+// there is one of this very version of it.
+func (s *starter) packed(ctx context.Context, name string) (string, error) {
+	if len(s.packs) == 0 {
+		return "", nil
+	}
+	e, ok := engines.ByName(name).(engine.Packer)
+	if !ok {
+		return "", nil
+	}
+	by, err := e.PackName(ctx)
+	if f := fault.As(err); f != nil && f.Exit == fault.Host {
+		return "", nil // this version has none; the root file system itself is used
+	}
+	return s.packs[by], err
 }
 
 func (s *starter) programs(context.Context) (err error) {

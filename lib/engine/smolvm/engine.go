@@ -39,7 +39,10 @@ type Engine struct {
 	cached *smolvm.Client
 }
 
-var _ engine.Engine = (*Engine)(nil)
+var (
+	_ engine.Engine = (*Engine)(nil)
+	_ engine.Packer = (*Engine)(nil)
+)
 
 // New gives the engine. environ is the environment of the caller, of which
 // smolvm gets what it needs and nothing else.
@@ -80,7 +83,11 @@ func programEnv(getenv func(string) string) []string {
 			out = append(out, name+"="+v)
 		}
 	}
-	return out
+	// Without it smolvm unpacks a .smolmachine once for all machines, and attaches
+	// that folder to each: a guest that is root in its kernel could write to the
+	// image of every other bottle (source of 1.9.3, src/agent/launcher.rs and
+	// crates/smolvm-pack/src/extract.rs; 1.32.2 knows the variable, too).
+	return append(out, "SMOLVM_DISABLE_SHARED_EXTRACT=1")
 }
 
 func (e *Engine) Name() string                { return "smolvm" }

@@ -63,18 +63,6 @@ func openToAll(dir string) bool {
 
 // volumes gives the folders that the guest gets, in mount order, or refuses.
 func volumes(s *engine.Spec) ([]smolvm.Volume, error) {
-	vs, err := folders(s)
-	for _, v := range vs {
-		// smolvm splits HOST:GUEST at colons: it could take another folder for
-		// the host's.
-		if strings.Contains(v.Host+v.Guest, ":") {
-			return nil, refuse("smolvm_colon", "", "rename it, or use runtime gvisor", "a folder with a colon in its path cannot be mounted: %q at %q", v.Host, v.Guest)
-		}
-	}
-	return vs, err
-}
-
-func folders(s *engine.Spec) ([]smolvm.Volume, error) {
 	vs := []smolvm.Volume{
 		{Host: guestDir(s.Dir), Guest: engine.GuestDir, ReadOnly: true},
 		{Host: s.Workspace, Guest: engine.GuestWorkspace, ReadOnly: s.ReadOnly},

@@ -27,14 +27,31 @@ func processes() []int {
 // argvOf gives the arguments of pid, nil if they cannot be had. The kernel gives
 // argc, the path of the program, zeros, and then the arguments.
 func argvOf(pid int) []string {
+	argv, _ := procargs(pid)
+	return argv
+}
+
+// environOf gives the environment that pid was started with, nil if it cannot be
+// read: it follows the arguments.
+func environOf(pid int) []string {
+	_, rest := procargs(pid)
+	var env []string
+	for _, v := range bytes.Split(rest, []byte{0}) {
+		if len(v) > 0 {
+			env = append(env, string(v))
+		}
+	}
+	return env
+}
+
+func procargs(pid int) (argv []string, rest []byte) {
 	b, err := unix.SysctlRaw("kern.procargs2", pid)
 	if err != nil || len(b) < 4 {
-		return nil
+		return nil, nil
 	}
 	argc := int(binary.LittleEndian.Uint32(b))
-	_, rest, _ := bytes.Cut(b[4:], []byte{0})
+	_, rest, _ = bytes.Cut(b[4:], []byte{0})
 	rest = bytes.TrimLeft(rest, "\x00")
-	var argv []string
 	for range argc {
 		arg, after, ok := bytes.Cut(rest, []byte{0})
 		if !ok {
@@ -42,7 +59,7 @@ func argvOf(pid int) []string {
 		}
 		argv, rest = append(argv, string(arg)), after
 	}
-	return argv
+	return argv, rest
 }
 
 // ownProcess: processes gives no others.

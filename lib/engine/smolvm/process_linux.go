@@ -42,6 +42,16 @@ func argvOf(pid int) []string {
 	return strings.Split(strings.TrimSuffix(s, "\x00"), "\x00")
 }
 
+// environOf gives the environment that pid was started with, nil if it cannot be
+// read.
+func environOf(pid int) []string {
+	s, err := procFile(pid, "environ")
+	if err != nil || s == "" {
+		return nil
+	}
+	return strings.Split(strings.TrimSuffix(s, "\x00"), "\x00")
+}
+
 // exists tells whether pid is a process that still runs.
 func exists(pid int) bool {
 	s, err := procFile(pid, "stat")

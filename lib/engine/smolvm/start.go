@@ -30,7 +30,7 @@ import (
 //
 //	smolvm/machine.json   what Delete needs when smolvm knows nothing any more
 //	smolvm/guest/         the guest's /opt/bottle: helper, config, CA, requests
-//	smolvm/rootfs/        the image, a copy
+//	smolvm/rootfs/        the image, a copy, unless there is a pack of it
 //	smolvm/Smolfile       the machine, as far as a Smolfile can describe it
 //
 // A copy, because smolvm attaches the folder of an image without the read-only
@@ -103,12 +103,8 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 		return 0, fault.New(fault.CantCreate, "cannot_create", "what the guest gets: %w", err).
 			WithHint("look at the disk that holds %s", s.Dir)
 	}
-	if err := worktree.Copy(ctx, s.Rootfs, rootfsDir(s.Dir), nil); err != nil {
-		if ctx.Err() != nil {
-			return 0, err
-		}
-		return 0, fault.New(fault.CantCreate, "cannot_create", "the bottle's copy of the image: %w", cmp.Or(errors.Unwrap(err), err)).
-			WithHint("look at the disk that holds %s, and whether you may read all of %s", s.Dir, s.Rootfs)
+	if err := copyImage(ctx, s); err != nil {
+		return 0, err
 	}
 	spec, err := createSpec(s)
 	if err != nil {
@@ -151,6 +147,19 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 	return m.PID, pins.heldBy(m.PID)
 }
 
+// copyImage gives the bottle an image of its own, unless it has a pack of it.
+func copyImage(ctx context.Context, s *engine.Spec) error {
+	if s.Pack != "" {
+		return nil
+	}
+	err := worktree.Copy(ctx, s.Rootfs, rootfsDir(s.Dir), nil)
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	return fault.New(fault.CantCreate, "cannot_create", "the bottle's copy of the image: %w", cmp.Or(errors.Unwrap(err), err)).
+		WithHint("look at the disk that holds %s, and whether you may read all of %s", s.Dir, s.Rootfs)
+}
+
 // elsewhere gives the volumes that are not in the bottle's own folder, where
 // nobody else writes.
 func elsewhere(vs []smolvm.Volume, dir string) []smolvm.Volume {
@@ -175,8 +184,18 @@ func createSpec(s *engine.Spec) (smolvm.CreateSpec, error) {
 	if err != nil {
 		return smolvm.CreateSpec{}, err
 	}
+	workload := []string{engine.GuestHelper, "init", engine.GuestConfig}
+	sockets := []smolvm.Socket{{Host: s.GateSocket, Guest: engine.GuestSocket}}
+	if s.Pack != "" {
+		// smolvm takes no Smolfile beside a pack. Variables do not go on an argv:
+		// commands get them from the helper.
+		return smolvm.CreateSpec{
+			CPUs: s.Bottle.Resources.CPUs, MemMiB: s.Bottle.Resources.MemoryMiB,
+			Labels: ownLabels(tagOf(s.Dir)), From: s.Pack, Volumes: vs, Sockets: sockets, Command: workload,
+		}, nil
+	}
 	f := smolfile.FromPlan(s.Bottle)
-	f.Entrypoint = []string{engine.GuestHelper, "init", engine.GuestConfig}
+	f.Entrypoint = workload
 	for _, v := range vs {
 		f.Volumes = append(f.Volumes, v.String())
 	}
@@ -188,7 +207,7 @@ func createSpec(s *engine.Spec) (smolvm.CreateSpec, error) {
 		Labels:   ownLabels(tagOf(s.Dir)),
 		Image:    rootfsDir(s.Dir) + "/", // a folder, never a reference
 		Smolfile: smolfilePath(s.Dir),
-		Sockets:  []smolvm.Socket{{Host: s.GateSocket, Guest: engine.GuestSocket}},
+		Sockets:  sockets,
 	}, os.WriteFile(smolfilePath(s.Dir), text, 0o600)
 }
 
