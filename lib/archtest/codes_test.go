@@ -27,7 +27,6 @@ var untested = map[string]string{
 	"engine_delete":      "the engine's own folder cannot be removed",
 	"engine_record":      "the engine's own file cannot be written",
 	"gate_socket_failed": "accept fails on a listening socket",
-	"image_io":           "the cache's disk fails",
 	"lock_failed":        "flock fails for another reason than being held",
 	"read_failed":        "the registry's disk fails",
 	"remove_failed":      "a folder of our own cannot be removed",

@@ -870,3 +870,34 @@ func FuzzLs(f *testing.F) {
 		}
 	})
 }
+
+// What smolvm said about packs and Smolfiles, by what it means.
+func TestRecordedPackFailures(t *testing.T) {
+	recs, err := fakesmolvm.Load(transcripts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]error{
+		"pk1322-pack-not-ready": ErrNotReady,
+		"pk191-smolfile-from":   ErrUsage, "pk1322-smolfile-from": ErrUsage,
+		"pk191-from-junk": ErrFailed, "pk1322-from-junk": ErrFailed,
+		"pk191-output-name": ErrFailed, "pk1322-output-name": ErrFailed,
+	}
+	for _, r := range recs {
+		if kind, ok := want[r.Name]; ok {
+			if e := classify("pack create", *r.Exit, r.Stderr); !errors.Is(e, kind) || strings.ContainsAny(e.Error(), "\n\r\x1b") {
+				t.Errorf("%s: %v", r.Name, e)
+			}
+			delete(want, r.Name)
+		}
+	}
+	if len(want) > 0 {
+		t.Errorf("not recorded: %v", want)
+	}
+	for _, said := range []string{"Error: write: No space left on device (os error 28)\n", "Error: x: Disk quota exceeded (os error 122)\n"} {
+		e := classify("machine start", 1, said)
+		if f := fault.As(e); !errors.Is(e, ErrDiskFull) || f.Exit != fault.IO || f.Code != "smolvm_disk_full" {
+			t.Errorf("%v", e)
+		}
+	}
+}

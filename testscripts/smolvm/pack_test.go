@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/tidwall/gjson"
 )
@@ -65,4 +66,71 @@ func TestSmolfile(t *testing.T) {
 			t.Errorf("the helper's config: %q", got)
 		}
 	})
+}
+
+// A pack of the image: made once, where this smolvm can; what starts from it has
+// the socket, no network, and an image that no other machine can write to.
+func TestPack(t *testing.T) {
+	w := newWorld(t, "user")
+	w.manifest("")
+	cache := "--cache " + filepath.Join(w.dir, "images")
+	pack := "bottle-plan sh | bottle-pack --smolmachine " + cache
+	r := w.sh(pack)
+	if r.code == 78 && gjson.Get(r.out, "error.code").Str == "smolvm_pack" {
+		// This version cannot, and says so itself.
+		if got := w.ok("$BOTTLE_SMOLVM pack create --help"); strings.Contains(got, "rootfs directory") {
+			t.Errorf("refused, though its help says that it can: %s", got)
+		}
+		return
+	}
+	if r.code != 0 {
+		t.Fatalf("%+v", r)
+	}
+	began := time.Now()
+	doc := w.ok(pack)
+	t.Logf("the second time it took %s", time.Since(began).Round(time.Millisecond))
+	made := strings.Fields(w.ok("ls images/derived; ls images | grep -c ^tmp- || :"))
+	if len(made) != 2 || made[1] != "0" {
+		t.Fatalf("in the cache: %v", made)
+	}
+	sum := w.ok("sha256sum images/derived/*")
+	if err := os.WriteFile(filepath.Join(w.dir, "doc"), []byte(doc), 0o644); err != nil {
+		t.Fatal(err)
+	}
+
+	ids := [2]string{}
+	for i := range ids {
+		began := time.Now()
+		ids[i] = gjson.Get(w.ok("bottle-vm up "+cache+" <doc"), "vm.id").Str
+		t.Logf("up from a pack took %s", time.Since(began).Round(time.Millisecond))
+	}
+	for _, id := range ids {
+		dir := strings.TrimSpace(w.ok("bottle-vm status " + id + " | jq -r .state_dir"))
+		if got := w.ok("ls " + dir + "/smolvm"); strings.Contains(got, "rootfs") || strings.Contains(got, "Smolfile") {
+			t.Errorf("not started from the pack: %s", got)
+		}
+		machine := w.ok("$BOTTLE_SMOLVM machine status --name " + id + " --json")
+		if gjson.Get(machine, "network").Bool() || gjson.Get(machine, "cpus").Int() != 1 || gjson.Get(machine, "memory_mib").Int() != 512 || gjson.Get(machine, "mounts").Int() != 2 {
+			t.Error(machine)
+		}
+		if got := w.ok("bottle-vm exec " + id + " -- sh -c 'cat /proc/net/route; ls /sys/class/net; ls /run/bottle/gate.sock; pwd'"); strings.Contains(got, "eth") || !strings.Contains(got, "gate.sock\n/workspace\n") {
+			t.Errorf("in the guest: %q", got)
+		}
+	}
+	// Guest root of one writes wherever the image's parts are attached.
+	w.sh("$BOTTLE_SMOLVM machine exec --name " + ids[0] + ` -- sh -c 'mkdir -p /m; mount -t virtiofs smolvm_layers /m; for d in / /m /m/* /m/*/*; do [ ! -d "$d" ] || echo x > "$d/planted"; done; echo x > /bin/planted'`)
+	if got := w.ok("find " + filepath.Join(w.dir, "images") + " -name planted"); got != "" {
+		t.Errorf("the cache was written to: %s", got)
+	}
+	if r := w.sh("bottle-vm exec " + ids[1] + " -- sh -c 'find / -xdev -name planted; ls /planted /bin/planted'"); r.out != "" {
+		t.Errorf("another bottle has it: %+v", r)
+	}
+	w.ok("bottle-vm down " + ids[0])
+	id := gjson.Get(w.ok("bottle-vm up "+cache+" <doc"), "vm.id").Str
+	if r := w.sh("bottle-vm exec " + id + " -- sh -c 'find / -xdev -name planted; ls /planted /bin/planted'"); r.out != "" {
+		t.Errorf("the next bottle has it: %+v", r)
+	}
+	if got := w.ok("sha256sum images/derived/*"); got != sum {
+		t.Errorf("the pack changed: %s%s", sum, got)
+	}
 }
