@@ -896,7 +896,7 @@ func TestRecordedPackFailures(t *testing.T) {
 	}
 	for _, said := range []string{"Error: write: No space left on device (os error 28)\n", "Error: x: Disk quota exceeded (os error 122)\n"} {
 		e := classify("machine start", 1, said)
-		if f := fault.As(e); !errors.Is(e, ErrDiskFull) || f.Exit != fault.IO || f.Code != "smolvm_disk_full" {
+		if f := fault.As(e); !errors.Is(e, ErrDiskFull) || f.Exit != fault.CantCreate || f.Code != "smolvm_disk_full" {
 			t.Errorf("%v", e)
 		}
 	}
