@@ -15,6 +15,7 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/smolvm"
 	"github.com/bottle-tools/bottle/lib/state"
 )
 
@@ -264,6 +265,27 @@ func TestExchangedFolder(t *testing.T) {
 	if _, err := os.Stat(ownDir(s.Dir)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("files are left: %v", err)
 	}
+}
+
+// Of a monitor that tells nothing, the paths are looked at.
+func TestExchangedFolderOfAPlainUser(t *testing.T) {
+	s := newSpec(t)
+	ps, err := pin([]smolvm.Volume{{Host: s.Workspace}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ps.close()
+	if err := ps.still(); err != nil {
+		t.Error(err)
+	}
+	if err := errors.Join(os.Rename(s.Workspace, s.Workspace+".real"), os.Mkdir(s.Workspace, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	wantFault(t, ps.still(), fault.NoPerm, "smolvm_mount_changed", "another folder")
+	if err := errors.Join(os.Remove(s.Workspace), os.Symlink(s.Workspace+".real", s.Workspace)); err != nil {
+		t.Fatal(err)
+	}
+	wantFault(t, ps.still(), fault.NoPerm, "smolvm_mount_changed", s.Workspace)
 }
 
 // A target that smolvm would read in another way is refused; whatever stands in

@@ -2,6 +2,7 @@ package smolvm
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -19,20 +20,29 @@ type pins []*os.File
 
 // pin opens the folders, which are resolved paths, without following a symlink.
 func pin(vs []smolvm.Volume) (pins, error) {
-	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC | unix.O_DIRECTORY | unix.O_NOFOLLOW,
-		Resolve: unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS}
 	var ps pins
 	for _, v := range vs {
-		fd, err := unix.Openat2(unix.AT_FDCWD, v.Host, &how)
-		for errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN) {
-			fd, err = unix.Openat2(unix.AT_FDCWD, v.Host, &how)
-		}
+		f, err := openFolder(v.Host)
 		if err != nil {
 			return ps, exchanged(v.Host, err.Error())
 		}
-		ps = append(ps, os.NewFile(uintptr(fd), v.Host))
+		ps = append(ps, f)
 	}
 	return ps, nil
+}
+
+func openFolder(path string) (*os.File, error) {
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC | unix.O_DIRECTORY | unix.O_NOFOLLOW,
+		Resolve: unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS}
+	for {
+		fd, err := unix.Openat2(unix.AT_FDCWD, path, &how)
+		switch {
+		case err == nil:
+			return os.NewFile(uintptr(fd), path), nil
+		case !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EAGAIN):
+			return nil, err
+		}
+	}
 }
 
 func (ps pins) close() {
@@ -47,6 +57,11 @@ func (ps pins) heldBy(pid int) error {
 	type id struct{ dev, ino uint64 }
 	dir := filepath.Join("/proc", strconv.Itoa(pid), "fd")
 	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrPermission) {
+		// Of a plain user's monitor the kernel tells nothing (it is not dumpable):
+		// what is left to see is that the paths lead where they did.
+		return ps.still()
+	}
 	if err != nil {
 		return exchanged("what it was given", err.Error())
 	}
@@ -64,6 +79,23 @@ func (ps pins) heldBy(pid int) error {
 		}
 		if st := fi.Sys().(*syscall.Stat_t); !open[id{uint64(st.Dev), st.Ino}] {
 			return exchanged(f.Name(), "the guest's monitor has another folder open")
+		}
+	}
+	return nil
+}
+
+// still makes sure that the paths lead to these folders, without a symlink.
+func (ps pins) still() error {
+	for _, f := range ps {
+		now, err := openFolder(f.Name())
+		if err != nil {
+			return exchanged(f.Name(), err.Error())
+		}
+		was, err1 := f.Stat()
+		is, err2 := now.Stat()
+		now.Close()
+		if err1 != nil || err2 != nil || !os.SameFile(was, is) {
+			return exchanged(f.Name(), "there is another folder now")
 		}
 	}
 	return nil
