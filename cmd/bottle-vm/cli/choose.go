@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/go-json-experiment/json"
 	"golang.org/x/sys/unix"
@@ -26,7 +27,7 @@ type choice struct{ name, why string }
 //
 // away are the folders that the guest may write: no engine's program may lie
 // there.
-func chooseEngines(ctx context.Context, b *plan.Bottle, root *state.Root, away []string) ([]choice, error) {
+func chooseEngines(ctx context.Context, b *plan.Bottle, root *state.Root, away []string, now func() time.Time) ([]choice, error) {
 	var works []choice
 	var passed passedOver
 	for _, c := range b.Runtime.Candidates {
@@ -38,7 +39,7 @@ func chooseEngines(ctx context.Context, b *plan.Bottle, root *state.Root, away [
 			err = e.Available(ctx)
 		}
 		if err == nil && b.Runtime.Requested == "auto" {
-			err = booted(ctx, e, root)
+			err = booted(ctx, e, root, now)
 		}
 		if err != nil {
 			if len(b.Runtime.Candidates) == 1 {
@@ -72,45 +73,81 @@ func (p passedOver) add(engine string, err error) passedOver {
 
 // checks is engine-checks.json: what booted on this host, by a key that changes
 // with the host, its kernel and the engine's version.
-type checks map[string]string // key -> "" for ok, or why not
+type checks map[string]checked
 
-// booted runs the engine's boot check once for a host, kernel and version. An
-// engine without Version needs no hardware and is checked by its start.
-func booted(ctx context.Context, e engine.Engine, root *state.Root) error {
-	versioned, ok := e.(interface {
-		Version(context.Context) (string, error)
-	})
+// checked is what one boot check found. What worked once is believed until the
+// key changes. What failed may have been a machine that was busy, or a group that
+// the user has joined since.
+type checked struct {
+	Why string    `json:"why"` // "" for ok, or why not
+	At  time.Time `json:"at"`
+}
+
+// failedFor is how long a failure is believed.
+const failedFor = time.Hour
+
+const checksFile = "engine-checks.json"
+
+func (c checked) holds(now time.Time) bool {
+	return c.Why == "" || !now.Before(c.At) && now.Sub(c.At) < failedFor
+}
+
+// versioned is an engine whose boot has to be proved anew for each version. One
+// without needs no hardware and is checked by its start.
+type versioned interface {
+	Version(context.Context) (string, error)
+}
+
+func checkKey(ctx context.Context, e engine.Engine) (key string, ok bool, err error) {
+	v, ok := e.(versioned)
 	if !ok {
-		return nil
+		return "", false, nil
 	}
-	version, err := versioned.Version(ctx)
-	if err != nil {
+	version, err := v.Version(ctx)
+	return hostKey() + " " + e.Name() + " " + version, true, err
+}
+
+// booted runs the engine's boot check once for a host, kernel and version.
+func booted(ctx context.Context, e engine.Engine, root *state.Root, now func() time.Time) error {
+	key, ok, err := checkKey(ctx, e)
+	if err != nil || !ok {
 		return err
 	}
-	path := filepath.Join(root.Dir, "engine-checks.json")
-	known := checks{}
-	if raw, err := os.ReadFile(path); err == nil {
-		_ = json.Unmarshal(raw, &known) // unreadable: check again
-	}
-	key := hostKey() + " " + e.Name() + " " + version
-	why, seen := known[key]
-	if !seen {
+	found, seen := readChecks(root)[key]
+	if !seen || !found.holds(now()) {
 		err := bootCheck(ctx, e)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if err != nil {
-			why = err.Error()
-		}
-		known[key] = why
-		if err := root.WriteFile("engine-checks.json", known); err != nil {
+		if found, err = noteCheck(root, key, err, now()); err != nil {
 			return err
 		}
 	}
-	if why != "" {
-		return fault.New(fault.Host, "engine_unfit", "%s", why).WithHint("bottle-vm doctor checks again")
+	if found.Why != "" {
+		return fault.New(fault.Host, "engine_unfit", "%s", found.Why).WithHint("bottle-vm doctor checks again")
 	}
 	return nil
+}
+
+func readChecks(root *state.Root) checks {
+	known := checks{}
+	if raw, err := os.ReadFile(filepath.Join(root.Dir, checksFile)); err == nil {
+		if json.Unmarshal(raw, &known) != nil {
+			known = checks{} // unreadable: check again
+		}
+	}
+	return known
+}
+
+// noteCheck remembers what a boot check found.
+func noteCheck(root *state.Root, key string, err error, now time.Time) (checked, error) {
+	found := checked{At: now.UTC().Truncate(time.Second)}
+	if err != nil {
+		found.Why = err.Error()
+	}
+	known := readChecks(root)
+	known[key] = found
+	return found, root.WriteFile(checksFile, known)
 }
 
 func hostKey() string {

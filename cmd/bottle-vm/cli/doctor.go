@@ -1,12 +1,14 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
 	"strings"
 	"time"
 
+	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/engines"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/pipelock"
@@ -109,8 +111,8 @@ func (v *vm) doctor(ctx context.Context, limit time.Duration) error {
 	}{
 		{"state folder", true, v.checkState},
 		{"tools", true, checkTools},
-		{"engine gvisor", false, checkEngine("gvisor")},
-		{"engine smolvm", false, checkEngine("smolvm")},
+		{"engine gvisor", false, v.checkEngine("gvisor")},
+		{"engine smolvm", false, v.checkEngine("smolvm")},
 		{"proxy pipelock", false, v.checkPipelock},
 		{"sidecar mitmdump", false, v.checkMitmdump},
 		{"git", false, worktree.GitVersion},
@@ -148,20 +150,37 @@ func checkTools(context.Context) (string, error) {
 	return strings.Join(paths, " "), nil
 }
 
-func checkEngine(name string) func(context.Context) (string, error) {
+func (v *vm) checkEngine(name string) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) {
 		e, err := engines.Find(name)
 		if err == nil {
 			err = e.Available(ctx)
 		}
-		if err == nil {
-			err = bootCheck(ctx, e)
-		}
 		if err != nil {
+			return "", err
+		}
+		if err := v.checkBoot(ctx, e); err != nil {
 			return "", err
 		}
 		return "booted a guest and ran a command in it", nil
 	}
+}
+
+// checkBoot boots a guest, and remembers what came of it for runtime auto.
+func (v *vm) checkBoot(ctx context.Context, e engine.Engine) error {
+	found := bootCheck(ctx, e)
+	if ctx.Err() != nil {
+		return found // cut off by --timeout, it says nothing about the engine
+	}
+	key, ok, err := checkKey(ctx, e)
+	if err != nil || !ok {
+		return cmp.Or(found, err)
+	}
+	root, err := v.root()
+	if err == nil {
+		_, err = noteCheck(root, key, found, v.p.Now())
+	}
+	return cmp.Or(found, err)
 }
 
 func (v *vm) checkPipelock(ctx context.Context) (string, error) {

@@ -140,7 +140,7 @@ func (s *starter) run(ctx context.Context) error {
 // engines starts the bottle on the first engine that can hold its plan: one
 // that refuses a clause (78) has left nothing, and the next is tried.
 func (s *starter) engines(ctx context.Context) error {
-	works, err := chooseEngines(ctx, s.bottle, s.root, trust.Reach(s.bottle, s.vm.place(s.base)))
+	works, err := chooseEngines(ctx, s.bottle, s.root, trust.Reach(s.bottle, s.vm.place(s.base)), s.p.Now)
 	if err != nil {
 		return err
 	}
