@@ -7,6 +7,7 @@ import (
 	"context"
 	"io"
 	"os"
+	"time"
 
 	"github.com/bottle-tools/bottle/lib/drift"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -201,6 +202,13 @@ type Engine interface {
 	// Delete ends the guest and removes what the engine made of it: processes,
 	// mounts, its own state below r.Dir. Idempotent; nothing there is success.
 	Delete(ctx context.Context, r Ref) error
+}
+
+// FirstStarter is an engine whose next start may have more to do than others.
+type FirstStarter interface {
+	// FirstStart tells what that is and how much longer it may take; "" and 0 for
+	// a start like any other.
+	FirstStart(ctx context.Context) (what string, more time.Duration)
 }
 
 // Usage is what a guest uses.

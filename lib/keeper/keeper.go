@@ -187,7 +187,12 @@ func (k *keeper) record(role string, pid int) error {
 }
 
 func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
-	ctx, cancel := context.WithTimeout(ctx, startLimit)
+	limit := startLimit
+	if f, ok := k.eng.(engine.FirstStarter); ok {
+		_, more := f.FirstStart(ctx)
+		limit += more
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	if err := k.makeCA(); err != nil {
 		return nil, err

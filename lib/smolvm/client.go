@@ -119,6 +119,14 @@ func (c *Client) bootTimeout() time.Duration {
 	return BootTimeout
 }
 
+// startTimeout is that of a start, which may have more to do than to boot.
+func (c *Client) startTimeout() time.Duration {
+	if c.BootTimeout <= 0 && c.Unpacks() {
+		return BootTimeout + UnpackTimeout
+	}
+	return c.bootTimeout()
+}
+
 // run executes smolvm without a standard input and waits at most limit (0: as
 // long as the context). Its error is about smolvm not having run properly; a status other than zero is in
 // the result.

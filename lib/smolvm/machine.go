@@ -179,7 +179,7 @@ func (c *Client) MachineCreate(ctx context.Context, name string, s CreateSpec) e
 // on, unknown to smolvm: even MachineDelete then leaves it running. Whoever ends
 // a start has to look for it by MachineDataDir.
 func (c *Client) MachineStart(ctx context.Context, name string) error {
-	return c.verb(ctx, "start", name, c.bootTimeout())
+	return c.verb(ctx, "start", name, c.startTimeout())
 }
 
 // MachineStop ends the guest; a machine that does not run is a success.

@@ -2,6 +2,8 @@ package cli
 
 import (
 	"context"
+	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -27,7 +29,7 @@ type choice struct{ name, why string }
 //
 // away are the folders that the guest may write: no engine's program may lie
 // there.
-func chooseEngines(ctx context.Context, b *plan.Bottle, root *state.Root, away []string, now func() time.Time) ([]choice, error) {
+func (v *vm) chooseEngines(ctx context.Context, b *plan.Bottle, root *state.Root, away []string) ([]choice, error) {
 	var works []choice
 	var passed passedOver
 	for _, c := range b.Runtime.Candidates {
@@ -39,7 +41,7 @@ func chooseEngines(ctx context.Context, b *plan.Bottle, root *state.Root, away [
 			err = e.Available(ctx)
 		}
 		if err == nil && b.Runtime.Requested == "auto" {
-			err = booted(ctx, e, root, now)
+			err = v.booted(ctx, e, root)
 		}
 		if err != nil {
 			if len(b.Runtime.Candidates) == 1 {
@@ -108,18 +110,19 @@ func checkKey(ctx context.Context, e engine.Engine) (key string, ok bool, err er
 }
 
 // booted runs the engine's boot check once for a host, kernel and version.
-func booted(ctx context.Context, e engine.Engine, root *state.Root, now func() time.Time) error {
+func (v *vm) booted(ctx context.Context, e engine.Engine, root *state.Root) error {
 	key, ok, err := checkKey(ctx, e)
 	if err != nil || !ok {
 		return err
 	}
 	found, seen := readChecks(root)[key]
-	if !seen || !found.holds(now()) {
+	if !seen || !found.holds(v.p.Now()) {
+		tellFirst(ctx, e, v.p.Stderr)
 		err := bootCheck(ctx, e)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if found, err = noteCheck(root, key, err, now()); err != nil {
+		if found, err = noteCheck(root, key, err, v.p.Now()); err != nil {
 			return err
 		}
 	}
@@ -148,6 +151,15 @@ func noteCheck(root *state.Root, key string, err error, now time.Time) (checked,
 	known := readChecks(root)
 	known[key] = found
 	return found, root.WriteFile(checksFile, known)
+}
+
+// tellFirst says why a start takes longer than others, before it does.
+func tellFirst(ctx context.Context, e engine.Engine, w io.Writer) {
+	if f, ok := e.(engine.FirstStarter); ok {
+		if what, _ := f.FirstStart(ctx); what != "" {
+			fmt.Fprintf(w, "bottle-vm: %s\n", what)
+		}
+	}
 }
 
 func hostKey() string {

@@ -33,9 +33,10 @@ func TestBooted(t *testing.T) {
 	root := &state.Root{Dir: t.TempDir()}
 	now := time.Date(2026, 1, 1, 12, 0, 0, 0, time.UTC)
 	e := &booting{version: "1.9.1"}
+	v := &vm{p: &tool.Proc{Now: func() time.Time { return now }}}
 	ask := func(boots int, fails bool) {
 		t.Helper()
-		err := booted(context.Background(), e, root, func() time.Time { return now })
+		err := v.booted(context.Background(), e, root)
 		if e.boots != boots || (err != nil) != fails {
 			t.Fatalf("%d boots, %v", e.boots, err)
 		}
@@ -119,17 +120,17 @@ func TestDoctorRemembers(t *testing.T) {
 		t.Fatal(err)
 	}
 	e := &booting{version: "1.9.1", err: errors.New("you may not open /dev/kvm")}
-	if err := booted(context.Background(), e, root, time.Now); err == nil {
+	if err := v.booted(context.Background(), e, root); err == nil {
 		t.Fatal("a failed boot is taken for a good one")
 	}
 	e.err = nil
-	if err := booted(context.Background(), e, root, time.Now); err == nil || e.boots != 1 {
+	if err := v.booted(context.Background(), e, root); err == nil || e.boots != 1 {
 		t.Fatalf("%d boots, %v", e.boots, err)
 	}
 	if err := v.checkBoot(context.Background(), e); err != nil {
 		t.Fatal(err)
 	}
-	if err := booted(context.Background(), e, root, time.Now); err != nil || e.boots != 2 {
+	if err := v.booted(context.Background(), e, root); err != nil || e.boots != 2 {
 		t.Errorf("doctor's success is not known: %d boots, %v", e.boots, err)
 	}
 	cut, cancel := context.WithCancel(context.Background())
@@ -138,14 +139,14 @@ func TestDoctorRemembers(t *testing.T) {
 	if err := v.checkBoot(cut, e); err == nil {
 		t.Error("a check that was cut off passes")
 	}
-	if err := booted(context.Background(), e, root, time.Now); err != nil {
+	if err := v.booted(context.Background(), e, root); err != nil {
 		t.Errorf("a check that was cut off is remembered: %v", err)
 	}
 	e.err = errors.New("the module is gone")
 	if err := v.checkBoot(context.Background(), e); err == nil {
 		t.Error("a failed check passes")
 	}
-	if err := booted(context.Background(), e, root, time.Now); err == nil || !strings.Contains(err.Error(), "module") {
+	if err := v.booted(context.Background(), e, root); err == nil || !strings.Contains(err.Error(), "module") {
 		t.Errorf("doctor's failure is not known: %v", err)
 	}
 }

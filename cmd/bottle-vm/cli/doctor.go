@@ -3,6 +3,7 @@ package cli
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -30,10 +31,11 @@ type finding struct {
 }
 
 func (v *vm) doctorCommand() *tool.Command {
-	var limit tool.Duration = tool.Duration(2 * time.Minute)
+	const usual = 2 * time.Minute
+	var limit tool.Duration
 	var install string
 	fs := v.p.Flags("bottle-vm doctor")
-	fs.Var(&limit, "timeout", "give each check at most `D`")
+	fs.Var(&limit, "timeout", fmt.Sprintf("give each check at most `D`; %s if not given, and longer for a first start", usual))
 	fs.StringVar(&install, "install", "", "first install `PROGRAM`[@VERSION]: smolvm@"+strings.Join(wheel.Versions(), ", smolvm@"))
 	return &tool.Command{
 		Name:       "doctor",
@@ -52,10 +54,17 @@ the newest is used.`,
 			if err := tool.NoArgs(args); err != nil {
 				return err
 			}
+			if limit < 0 {
+				return fault.New(fault.Usage, "usage", "--timeout %s: no check is done in less than no time", time.Duration(limit))
+			}
 			if err := v.install(ctx, install); err != nil {
 				return err
 			}
-			return v.doctor(ctx, time.Duration(limit))
+			more := limit == 0
+			if more {
+				limit = tool.Duration(usual)
+			}
+			return v.doctor(ctx, time.Duration(limit), more)
 		},
 	}
 }
@@ -85,14 +94,23 @@ func (v *vm) install(ctx context.Context, what string) error {
 	return err
 }
 
-func (v *vm) doctor(ctx context.Context, limit time.Duration) error {
+// doctor runs the checks, each within limit; with more, one that has to start an
+// engine for the first time gets the time for that.
+func (v *vm) doctor(ctx context.Context, limit time.Duration, more bool) error {
 	out := v.p.StdoutOutput()
 	worst, working := fault.OK, 0
 	run := func(name string, required bool, check func(context.Context) (string, error)) error {
+		limit := limit
+		if name, ok := strings.CutPrefix(name, "engine "); ok && more {
+			limit += v.firstStart(ctx, name)
+		}
 		ctx, cancel := context.WithTimeout(ctx, limit)
 		defer cancel()
 		begun := time.Now()
 		detail, err := check(ctx)
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) && err != nil {
+			err = fault.New(fault.Host, "check_timeout", "it was not done after %s: %w", limit, err).WithHint("give it more time with --timeout")
+		}
 		f := finding{Check: name, OK: err == nil, Required: required, Detail: detail, TookMS: time.Since(begun).Milliseconds()}
 		if e := fault.As(err); e != nil {
 			f.Detail, f.Hint = e.Error(), e.Hint
@@ -164,6 +182,21 @@ func (v *vm) checkEngine(name string) func(context.Context) (string, error) {
 		}
 		return "booted a guest and ran a command in it", nil
 	}
+}
+
+// firstStart gives the time that an engine's first start may take on top, and says
+// why on stderr.
+func (v *vm) firstStart(ctx context.Context, name string) time.Duration {
+	e, err := engines.Find(name)
+	if err != nil {
+		return 0
+	}
+	tellFirst(ctx, e, v.p.Stderr)
+	if f, ok := e.(engine.FirstStarter); ok {
+		_, more := f.FirstStart(ctx)
+		return more
+	}
+	return 0
 }
 
 // checkBoot boots a guest, and remembers what came of it for runtime auto.

@@ -140,7 +140,7 @@ func (s *starter) run(ctx context.Context) error {
 // engines starts the bottle on the first engine that can hold its plan: one
 // that refuses a clause (78) has left nothing, and the next is tried.
 func (s *starter) engines(ctx context.Context) error {
-	works, err := chooseEngines(ctx, s.bottle, s.root, trust.Reach(s.bottle, s.vm.place(s.base)), s.p.Now)
+	works, err := s.vm.chooseEngines(ctx, s.bottle, s.root, trust.Reach(s.bottle, s.vm.place(s.base)))
 	if err != nil {
 		return err
 	}
@@ -149,6 +149,9 @@ func (s *starter) engines(ctx context.Context) error {
 		s.cfg.Runtime, s.cfg.RuntimeWhy = c.name, c.why
 		if len(passed) > 0 {
 			s.cfg.RuntimeWhy = "not " + strings.Join(passed, "; not ")
+		}
+		if e, err := engines.Find(c.name); err == nil {
+			tellFirst(ctx, e, s.p.Stderr)
 		}
 		if s.cfg.Pack, err = s.packed(ctx, c.name); err != nil {
 			return err
@@ -577,6 +580,7 @@ func (s *starter) environment() []string {
 func (s *starter) handOver(ctx context.Context, h *keeper.Handle) error {
 	stop := context.AfterFunc(ctx, h.Abandon)
 	defer stop()
+	defer s.tellWaiting()()
 	err := h.Configure(s.cfg)
 	if err == nil {
 		var r *keeper.Reply
@@ -590,6 +594,31 @@ func (s *starter) handOver(ctx context.Context, h *keeper.Handle) error {
 		return tool.Exit(tool.Interrupted)
 	}
 	return err
+}
+
+// waits is when up says that it is still waiting: most starts take less.
+const (
+	waitFirst = 20 * time.Second
+	waitNext  = time.Minute
+)
+
+// tellWaiting says on stderr, now and then, that the bottle is not ready yet.
+func (s *starter) tellWaiting() (stop func()) {
+	done := make(chan struct{})
+	go func() {
+		begun, next := time.Now(), time.NewTimer(waitFirst)
+		defer next.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-next.C:
+				fmt.Fprintf(s.p.Stderr, "bottle-vm: %s is still starting on %s (%s so far)\n", s.cfg.ID, s.cfg.Runtime, time.Since(begun).Round(time.Second))
+				next.Reset(waitNext)
+			}
+		}
+	}()
+	return func() { close(done) }
 }
 
 func (s *starter) settle(ctx context.Context, h *keeper.Handle, r *keeper.Reply) error {

@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -40,8 +41,9 @@ type Engine struct {
 }
 
 var (
-	_ engine.Engine = (*Engine)(nil)
-	_ engine.Packer = (*Engine)(nil)
+	_ engine.Engine       = (*Engine)(nil)
+	_ engine.Packer       = (*Engine)(nil)
+	_ engine.FirstStarter = (*Engine)(nil)
 )
 
 // New gives the engine. environ is the environment of the caller, of which
@@ -181,6 +183,16 @@ func (e *Engine) Version(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return c.Version.String(), nil
+}
+
+// FirstStart implements engine.FirstStarter.
+func (e *Engine) FirstStart(ctx context.Context) (string, time.Duration) {
+	c, err := e.client(ctx)
+	if err != nil || !c.Unpacks() {
+		return "", 0 // what is wrong its start will say
+	}
+	return fmt.Sprintf("the first start of smolvm %s unpacks the templates of its disks, once: half a minute, on a slow machine several", c.Version),
+		smolvm.UnpackTimeout
 }
 
 func checkVersion(c *smolvm.Client) error {
