@@ -19,7 +19,7 @@ import (
 
 // Request is one line to the keeper.
 type Request struct {
-	Do     string  `json:"do"` // stop | status | change | report
+	Do     string  `json:"do"` // stop | start | status | change | report
 	Change *Change `json:"change,omitempty"`
 }
 

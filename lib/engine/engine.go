@@ -204,6 +204,17 @@ type Engine interface {
 	Delete(ctx context.Context, r Ref) error
 }
 
+// Restarter is an engine whose stopped guests keep their disk.
+type Restarter interface {
+	// Stop ends the guest and keeps what a Restart needs. Idempotent; Delete removes
+	// the rest.
+	Stop(ctx context.Context, r Ref) error
+	// Restart boots the guest that Stop has ended, with its disk. It refuses (78) a
+	// spec that would show the guest something else than Start did. On failure the
+	// guest is stopped.
+	Restart(ctx context.Context, s *Spec) (*Started, error)
+}
+
 // FirstStarter is an engine whose next start may have more to do than others.
 type FirstStarter interface {
 	// FirstStart tells what that is and how much longer it may take; "" and 0 for

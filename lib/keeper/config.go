@@ -50,6 +50,9 @@ type Config struct {
 
 	EgressExe string `json:"egress_exe"`
 	GuestExe  string `json:"guest_exe"`
+
+	// Again: the bottle was stopped, and its guest is to be booted with its disk.
+	Again bool `json:"again,omitempty"`
 }
 
 // ReplyFD is where the keeper writes one Reply: the pipe of the up that started it.

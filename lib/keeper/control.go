@@ -12,6 +12,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/gateproc"
 	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/state"
 )
 
 // control listens for the commands of the bottle's owner: the socket lies in a
@@ -72,6 +73,16 @@ func (k *keeper) answer(c net.Conn) {
 	case "stop":
 		if err := k.halt("stopped by command"); err != nil {
 			a.Error = plan.NewFailure("vm", fault.New(fault.IO, "stop_failed", "stopping: %w", err))
+		}
+	case "start":
+		_ = c.SetDeadline(time.Now().Add(AgainLimit))
+		warnings, err := k.again()
+		if err != nil {
+			a.Error = plan.NewFailure("vm", err)
+		} else {
+			// Another keeper has the bottle: nothing here tells of it any more.
+			_ = json.NewEncoder(c).Encode(control.Answer{Phase: state.Ready, Findings: warnings})
+			return
 		}
 	default:
 		a.Error = plan.NewFailure("vm", fault.New(fault.Usage, "usage", "the keeper knows no %q", q.Do))

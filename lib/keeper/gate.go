@@ -100,10 +100,15 @@ func startGate(k *keeper) (*gateKeeper, error) {
 	if err := k.root.MakeAudit(); err != nil {
 		return nil, err
 	}
+	head, err := k.head()
+	if err != nil {
+		return nil, err
+	}
 	g := &gateKeeper{k: k, queue: make(chan *os.File, pending), quit: make(chan struct{}), done: make(chan struct{})}
 	g.config = gateproc.Config{
 		ID: k.cfg.ID, Bottle: k.plan, Base: k.cfg.Base, Secrets: k.cfg.Secrets, CA: k.caPEM,
 		Audit: k.root.Audit(k.cfg.ID), AuditBounds: k.cfg.Audit, Upstream: k.proxy.addr(),
+		AuditHead: head,
 	}
 	g.first = sync.OnceValues(func() (*gateproc.Process, error) {
 		p, err := g.launch()

@@ -66,6 +66,11 @@ type keeper struct {
 	ended  chan struct{} // the guest has ended, for this reason
 	why    string
 	ending sync.Mutex // held by the one that ends the bottle
+
+	lock   *os.File       // closed, it would be given up: by the garbage collector, too
+	socket net.Listener   // of the owner's commands
+	gates  []net.Listener // of the guest
+	handed chan struct{}  // closed when another keeper has the bottle
 }
 
 const stopped = state.Stopped
@@ -82,16 +87,18 @@ func Run(ctx context.Context, stdin io.Reader, reply io.WriteCloser, log *os.Fil
 	}
 	k.roots = roots
 	var started *engine.Started
-	var control net.Listener
 	if err == nil {
 		started, err = k.start(ctx)
 	}
 	if err == nil {
 		// Before up says that the bottle is there: the next command asks for it.
-		control, err = k.control()
+		k.socket, err = k.control()
 	}
 	if err != nil {
 		k.logf("start failed: %v", err)
+		if k.cfg.Again && ctx.Err() == nil {
+			return k.fallBack(reply, err)
+		}
 		removeErr := k.remove()
 		r := Reply{Error: plan.NewFailure("vm", err)}
 		if removeErr != nil {
@@ -100,8 +107,8 @@ func Run(ctx context.Context, stdin io.Reader, reply io.WriteCloser, log *os.Fil
 		_ = send(reply, r) // the caller may be gone, with or without it
 		return err
 	}
-	defer control.Close()
-	if err := send(reply, Reply{Document: k.doc.Line(), Warnings: k.guard.report()}); err != nil {
+	defer func() { k.socket.Close() }()
+	if err := send(reply, Reply{Document: k.doc.Line(), Warnings: k.guard.report()}); err != nil && !k.cfg.Again {
 		// An up that was killed: nobody knows of the bottle.
 		k.logf("who started the bottle is gone: %v", err)
 		return k.remove()
@@ -110,6 +117,17 @@ func Run(ctx context.Context, stdin io.Reader, reply io.WriteCloser, log *os.Fil
 	k.roots = nil
 	debug.FreeOSMemory()
 	k.serve(ctx, started)
+	k.ending.Lock() // a start of the stopped bottle may be under way
+	handed := false
+	select {
+	case <-k.handed:
+		handed = true
+	default:
+	}
+	k.ending.Unlock()
+	if handed {
+		return nil
+	}
 	return k.remove()
 }
 
@@ -134,15 +152,14 @@ func open(stdin io.Reader, log *os.File) (*keeper, error) {
 	if err != nil {
 		return nil, fault.New(fault.Data, "no_config", "no config on stdin: %w", err)
 	}
-	k := &keeper{log: log, now: time.Now, phase: state.Starting, ended: make(chan struct{})}
+	k := &keeper{log: log, now: time.Now, phase: state.Starting, ended: make(chan struct{}), handed: make(chan struct{})}
 	if err := json.Unmarshal(line, &k.cfg); err != nil {
 		return nil, fault.New(fault.Data, "no_config", "config: %w", err)
 	}
 	k.live = &liveRules{k: k, clock: live.Now}
 	k.root = &state.Root{Dir: k.cfg.StateDir, RunDir: k.cfg.RunRoot}
 	k.bottle = k.root.Bottle(k.cfg.ID)
-	// The lock is held by the descriptor until this process ends.
-	if _, err := k.bottle.Lock(); err != nil {
+	if k.lock, err = k.bottle.Lock(); err != nil {
 		return nil, err
 	}
 	if k.rec, err = k.bottle.Load(); err != nil {
@@ -152,7 +169,7 @@ func open(stdin io.Reader, log *os.File) (*keeper, error) {
 	if err != nil {
 		return nil, fault.New(fault.Host, "no_proc", "this host does not tell process identities: %w", err)
 	}
-	k.rec.Keeper = &self
+	k.rec.Keeper, k.rec.Phase = &self, state.Starting
 	eng, engErr := engines.Find(k.cfg.Runtime)
 	if engErr == nil {
 		k.eng, k.rec.Engine = eng, eng.Name()
@@ -202,6 +219,12 @@ func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
 		return nil, err
 	}
 	defer spec.Log.Close()
+	boot := k.eng.Start
+	if k.cfg.Again {
+		if boot, err = k.prepareAgain(); err != nil {
+			return nil, err
+		}
+	}
 	if err := k.eng.Prepare(ctx, spec); err != nil {
 		return nil, err
 	}
@@ -220,7 +243,7 @@ func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
 	if err != nil {
 		return nil, err
 	}
-	started, err := k.eng.Start(ctx, spec)
+	started, err := boot(ctx, spec)
 	if err != nil {
 		return nil, err
 	}
@@ -314,12 +337,13 @@ func (k *keeper) spec() (*engine.Spec, error) {
 func (k *keeper) listen(s *engine.Spec) (<-chan error, error) {
 	ready := make(chan error, 1)
 	if k.eng.Transport() == engine.Socket {
-		s.GateSocket = filepath.Join(k.rec.RunDir, "gate.sock")
+		s.GateSocket = k.gateSocket()
 		l, err := net.Listen("unix", s.GateSocket)
 		if err != nil {
 			return nil, fault.New(fault.CantCreate, "cannot_create", "the guest's socket: %w", err)
 		}
 		k.greeter = &greeter{}
+		k.gates = append(k.gates, l)
 		go k.accept(l.(*net.UnixListener))
 		close(ready) // the engine's Start has waited for the helper
 		return ready, nil
@@ -345,6 +369,8 @@ func (k *keeper) listen(s *engine.Spec) (<-chan error, error) {
 	}()
 	return ready, nil
 }
+
+func (k *keeper) gateSocket() string { return filepath.Join(k.rec.RunDir, "gate.sock") }
 
 func (k *keeper) accept(l *net.UnixListener) {
 	for {
@@ -415,7 +441,7 @@ func (k *keeper) finish(s *engine.Started) error {
 	return k.bottle.Save(k.rec)
 }
 
-// serve keeps the bottle until it is to be removed.
+// serve keeps the bottle until it is to be removed, or another keeper has it.
 func (k *keeper) serve(ctx context.Context, s *engine.Started) {
 	owner := make(chan struct{})
 	if k.rec.Owner != nil {
@@ -433,6 +459,8 @@ func (k *keeper) serve(ctx context.Context, s *engine.Started) {
 			return
 		case <-owner:
 			k.logf("the owner, process %d, is gone", k.rec.Owner.PID)
+			return
+		case <-k.handed:
 			return
 		case <-ended:
 			k.halt(k.why)
@@ -453,13 +481,13 @@ func (k *keeper) halt(reason string) error {
 	err := k.bottle.Save(k.rec)
 	k.mu.Unlock()
 	k.logf("stopped: %s", reason)
-	return errors.Join(err, k.end())
+	return errors.Join(err, k.end(k.stopGuest))
 }
 
 // end stops what the guest could still use and what it could still do, at once,
 // and looks at the workspace when the guest is gone. It goes on past errors, and
 // may be called again: what is done already costs little.
-func (k *keeper) end() error {
+func (k *keeper) end(endGuest func() error) error {
 	k.ending.Lock()
 	defer k.ending.Unlock()
 	k.monitor.stop()
@@ -477,11 +505,26 @@ func (k *keeper) end() error {
 		}
 		k.guard.unwatch()
 	})
-	guest = k.endGuest()
+	guest = endGuest()
 	close(gone)
 	wg.Wait()
 	k.aside.stop()
 	return errors.Join(gate, guest, k.proxy.stop(), k.guard.sweep(k))
+}
+
+// stopGuest ends the guest, and keeps its disk where the engine can.
+func (k *keeper) stopGuest() error {
+	r, ok := k.eng.(engine.Restarter)
+	if !ok {
+		return k.endGuest()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	return r.Stop(ctx, k.ref())
+}
+
+func (k *keeper) ref() engine.Ref {
+	return engine.Ref{ID: k.cfg.ID, Dir: k.bottle.Dir, RunDir: k.rec.RunDir, Bottle: k.plan}
 }
 
 func (k *keeper) endGuest() error {
@@ -490,7 +533,7 @@ func (k *keeper) endGuest() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	return k.eng.Delete(ctx, engine.Ref{ID: k.cfg.ID, Dir: k.bottle.Dir, RunDir: k.rec.RunDir, Bottle: k.plan})
+	return k.eng.Delete(ctx, k.ref())
 }
 
 // remove ends everything and takes the bottle's folders away. What cannot be
@@ -501,7 +544,7 @@ func (k *keeper) remove() error {
 	_ = k.bottle.Save(k.rec)
 	k.mu.Unlock()
 	// Of a halted bottle too: the stop may be at it still, or have failed.
-	if err := k.end(); err != nil {
+	if err := k.end(k.endGuest); err != nil {
 		k.logf("ending: %v", err)
 		return err
 	}

@@ -37,7 +37,7 @@ func Run(ctx context.Context, p *tool.Proc) int {
 	}
 	verbs := []*tool.Command{
 		v.upCommand(), v.execCommand(), v.cpCommand(), v.lsCommand(), v.statusCommand(), v.logsCommand(),
-		v.diffCommand(), v.stopCommand(), v.downCommand(), v.trustCommand(), v.verifyCommand(), v.doctorCommand(),
+		v.diffCommand(), v.stopCommand(), v.startCommand(), v.downCommand(), v.trustCommand(), v.verifyCommand(), v.doctorCommand(),
 	}
 	if v.hasGuest && (len(p.Args) == 0 || p.Args[0] != "exec") {
 		return p.Report(fault.New(fault.Usage, "usage", "-- stands only before the command of exec").

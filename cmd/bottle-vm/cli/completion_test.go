@@ -43,7 +43,7 @@ func TestCompletion(t *testing.T) {
 		"bottle ":                      "run start shell exec ls stop gc plan",
 		"bottle st":                    "start stop",
 		"bottle plan --":               "--all --hash --pretty",
-		"bottle-vm ":                   "up exec cp ls status logs diff stop down trust verify doctor",
+		"bottle-vm ":                   "up exec cp ls status logs diff stop start down trust verify doctor",
 		"bottle-vm do":                 "down doctor",
 		"bottle-vm up --d":             "--dir",
 		"bottle-vm exec -":             "--agent -e -i -t --timeout -w",

@@ -17,6 +17,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/control"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/keeper"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/policy"
 	"github.com/bottle-tools/bottle/lib/state"
@@ -331,7 +332,9 @@ func (v *vm) stopCommand() *tool.Command {
 		ShortUsage: "bottle-vm stop [ID]",
 		ShortHelp:  "end the guest and its way out; logs and diff stay until down",
 		LongHelp: `
-Without an ID, stdin is the bottle's document.
+Without an ID, stdin is the bottle's document. On smolvm the guest's disk stays,
+too, and bottle-vm start boots it again; on gVisor what the guest changed outside
+of its workspace is gone.
 
   bottle-vm stop claude; bottle-vm diff claude > change.patch; bottle-vm down claude`,
 		Exec: func(ctx context.Context, args []string) error {
@@ -344,6 +347,46 @@ Without an ID, stdin is the bottle's document.
 				return err
 			}
 			_, err = control.Ask(rec.RunDir, control.Request{Do: "stop"}, time.Minute)
+			return err
+		},
+	}
+}
+
+func (v *vm) startCommand() *tool.Command {
+	return &tool.Command{
+		Name:       "start",
+		ShortUsage: "bottle-vm start [ID]",
+		ShortHelp:  "boot a stopped bottle again, with its disk; prints its document",
+		LongHelp: `
+For bottles on smolvm; on gVisor a stopped guest leaves no disk, and start is
+refused (78). Plan, secrets and mounts are those that up took; rules that were
+added while it ran (bottle-egress allow) do not come back. Where the workspace
+has become one that the engine cannot hold, or a mounted folder leads elsewhere
+now, it is refused, too. Without an ID, stdin is the bottle's document.
+
+  bottle-vm stop claude; bottle-vm start claude`,
+		Exec: func(ctx context.Context, args []string) error {
+			id, err := oneArg(args)
+			if err != nil {
+				return err
+			}
+			b, rec, err := v.find(ctx, id)
+			if err != nil {
+				return err
+			}
+			defer v.tellWaiting(b.ID, rec.Engine)()
+			a, err := control.Ask(rec.RunDir, control.Request{Do: "start"}, keeper.AgainLimit)
+			if err != nil {
+				return err
+			}
+			for _, f := range a.Findings {
+				v.p.Warn("%s", f)
+			}
+			d, err := b.Document()
+			if err != nil || d == nil {
+				return fault.New(fault.IO, "no_document", "bottle %s runs, and its document cannot be read: %v", b.ID, err)
+			}
+			_, err = v.p.Stdout.Write(append(d.Line(), '\n'))
 			return err
 		},
 	}

@@ -580,7 +580,7 @@ func (s *starter) environment() []string {
 func (s *starter) handOver(ctx context.Context, h *keeper.Handle) error {
 	stop := context.AfterFunc(ctx, h.Abandon)
 	defer stop()
-	defer s.tellWaiting()()
+	defer s.vm.tellWaiting(s.cfg.ID, s.cfg.Runtime)()
 	err := h.Configure(s.cfg)
 	if err == nil {
 		var r *keeper.Reply
@@ -603,7 +603,7 @@ const (
 )
 
 // tellWaiting says on stderr, now and then, that the bottle is not ready yet.
-func (s *starter) tellWaiting() (stop func()) {
+func (v *vm) tellWaiting(id, runtime string) (stop func()) {
 	done := make(chan struct{})
 	go func() {
 		begun, next := time.Now(), time.NewTimer(waitFirst)
@@ -613,7 +613,7 @@ func (s *starter) tellWaiting() (stop func()) {
 			case <-done:
 				return
 			case <-next.C:
-				fmt.Fprintf(s.p.Stderr, "bottle-vm: %s is still starting on %s (%s so far)\n", s.cfg.ID, s.cfg.Runtime, time.Since(begun).Round(time.Second))
+				fmt.Fprintf(v.p.Stderr, "bottle-vm: %s is still starting on %s (%s so far)\n", id, runtime, time.Since(begun).Round(time.Second))
 				next.Reset(waitNext)
 			}
 		}

@@ -44,6 +44,7 @@ var (
 	_ engine.Engine       = (*Engine)(nil)
 	_ engine.Packer       = (*Engine)(nil)
 	_ engine.FirstStarter = (*Engine)(nil)
+	_ engine.Restarter    = (*Engine)(nil)
 )
 
 // New gives the engine. environ is the environment of the caller, of which

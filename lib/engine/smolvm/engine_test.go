@@ -711,7 +711,7 @@ func TestRealCreate(t *testing.T) {
 			if err := c.MachineCreate(t.Context(), s.ID, spec); err != nil {
 				t.Fatal(err)
 			}
-			if err := remember(t.Context(), c, s.ID, s.Dir); err != nil {
+			if err := remember(t.Context(), c, s.ID, s.Dir, shownBy(spec)); err != nil {
 				t.Fatal(err)
 			}
 			m, err := c.MachineStatus(t.Context(), s.ID)
@@ -752,7 +752,7 @@ func TestRealCutOffStartLeavesNothing(t *testing.T) {
 	if err := c.MachineCreate(t.Context(), s.ID, smolvm.CreateSpec{CPUs: 1, MemMiB: 256, Labels: ownLabels(tagOf(s.Dir))}); err != nil {
 		t.Fatal(err)
 	}
-	if err := remember(t.Context(), c, s.ID, s.Dir); err != nil {
+	if err := remember(t.Context(), c, s.ID, s.Dir, nil); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cut := context.WithCancel(t.Context())

@@ -60,6 +60,25 @@ const (
 type machineRecord struct {
 	Name    string `json:"name"`
 	DataDir string `json:"data_dir"` // smolvm's folder for this machine
+	// Shown are the folders and the socket that it was created with.
+	Shown []string `json:"shown"`
+}
+
+// shownBy lists what of the host a machine is given, and where that leads: the
+// guest may leave a link in place of a folder inside of its workspace.
+func shownBy(c smolvm.CreateSpec) []string {
+	var all []string
+	for _, v := range c.Volumes {
+		real, err := filepath.EvalSymlinks(v.Host)
+		if err != nil {
+			real = "nothing"
+		}
+		all = append(all, v.String()+" ("+real+")")
+	}
+	for _, k := range c.Sockets {
+		all = append(all, k.Host+":"+k.Guest)
+	}
+	return all
 }
 
 // Start creates the machine, boots it with the guest helper as its workload,
@@ -81,10 +100,14 @@ func (e *Engine) Start(ctx context.Context, s *engine.Spec) (*engine.Started, er
 		defer cancel()
 		return nil, join(err, e.Delete(clean, engine.Ref{ID: s.ID, Dir: s.Dir}))
 	}
+	return started(s, pid), nil
+}
+
+func started(s *engine.Spec, pid int) *engine.Started {
 	return &engine.Started{
 		Enforcement: enforcement(s.Bottle.Resources),
 		Wait:        func(ctx context.Context) error { return waitEnd(ctx, pid) },
-	}, nil
+	}
 }
 
 // enforcement: a microVM's processors and memory are what the host gave it.
@@ -122,9 +145,14 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 	if err := c.MachineCreate(ctx, s.ID, spec); err != nil {
 		return 0, err
 	}
-	if err := remember(ctx, c, s.ID, s.Dir); err != nil {
+	if err := remember(ctx, c, s.ID, s.Dir, shownBy(spec)); err != nil {
 		return 0, err
 	}
+	return e.boot(ctx, c, s)
+}
+
+// boot starts the machine and waits until commands run in it.
+func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec) (pid int, err error) {
 	if err := startTwice(ctx, c, s.ID, s.Dir); err != nil {
 		return 0, explainBoot(err, e.getenv)
 	}
@@ -214,6 +242,10 @@ func createSpec(s *engine.Spec) (smolvm.CreateSpec, error) {
 // stage makes the guest's /opt/bottle on the host.
 func stage(s *engine.Spec) error {
 	dir := guestDir(s.Dir)
+	// Of a guest that was stopped: requests of commands that have ended with it.
+	if err := state.RemoveAll(filepath.Join(dir, requestsDir)); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(filepath.Join(dir, requestsDir), 0o755); err != nil {
 		return err
 	}
@@ -291,7 +323,7 @@ func copyFile(from, to string, mode os.FileMode) error {
 
 // remember writes where smolvm keeps the machine before it is started (a monitor
 // whose start was cut off is found by nothing else), and closes that folder.
-func remember(ctx context.Context, c *smolvm.Client, id, dir string) error {
+func remember(ctx context.Context, c *smolvm.Client, id, dir string, shown []string) error {
 	data, err := c.MachineDataDir(ctx, id)
 	if err != nil {
 		return err
@@ -300,7 +332,7 @@ func remember(ctx context.Context, c *smolvm.Client, id, dir string) error {
 		// Its mode is about to be changed.
 		return dataDirFault(id, fmt.Errorf("%s is no folder of one machine", data))
 	}
-	b, err := json.Marshal(machineRecord{Name: id, DataDir: data})
+	b, err := json.Marshal(machineRecord{Name: id, DataDir: data, Shown: shown})
 	if err != nil {
 		return err
 	}
