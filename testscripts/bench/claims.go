@@ -45,6 +45,7 @@ var sections = []section{
 	{"dlp", (*bench).screening},
 	{"bulk", (*bench).bulk},
 	{"live", (*bench).live},
+	{"smolvm", (*bench).wrapped},
 }
 
 // stages takes the pipeline apart, one after the other, with each stage's

@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/creack/pty"
 	"github.com/tidwall/gjson"
 )
 
@@ -132,9 +133,9 @@ func (w *world) manifest(more string) {
 	}
 }
 
-func (w *world) up() string {
+func (w *world) up(flags ...string) string {
 	w.t.Helper()
-	doc := w.ok("bottle-plan sh | bottle-egress | bottle-pack | bottle-vm up")
+	doc := w.ok("bottle-plan sh | bottle-egress | bottle-pack | bottle-vm up " + strings.Join(flags, " "))
 	if got := gjson.Get(doc, "vm.runtime").Str; got != "smolvm" {
 		w.t.Fatalf("it runs on %q", got)
 	}
@@ -205,22 +206,159 @@ func TestLife(t *testing.T) {
 			t.Errorf("a link of the guest was followed: %+v", r)
 		}
 
-		w.ok("bottle-vm stop " + id)
-		if got := gjson.Get(w.ok("bottle-vm status "+id), "phase").Str; got != "stopped" {
-			t.Errorf("phase %q", got)
-		}
-		if r := w.sh("bottle-vm exec " + id + " -- true"); r.code != 125 {
-			t.Errorf("exec of a stopped bottle: %+v", r)
-		}
+		t.Run("tty", func(t *testing.T) { w.terminal(t, id) })
+		t.Run("unreachable", func(t *testing.T) { w.frozen(t, id) })
+		t.Run("again", func(t *testing.T) { w.again(t, id) })
 		w.ok("bottle-vm down " + id + " && bottle-vm down " + id)
 	})
 }
 
-// Two at once know nothing of each other.
+// terminal: a guest has a terminal in the size of ours, and hears of another one.
+func (w *world) terminal(t *testing.T, id string) {
+	cmd := exec.Command("bottle-vm", "exec", "-t", id, "--", "sh", "-c", "tty; stty size; read x; stty size; echo got $x; exit 7")
+	cmd.Path, _ = exec.LookPath(filepath.Join(os.Getenv("BOTTLE_RIG_JOB"), "bin", "bottle-vm"))
+	cmd.Dir, cmd.Env = w.dir, w.env
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: w.cred}
+	term, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 33, Cols: 99})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer term.Close()
+	_ = term.SetDeadline(time.Now().Add(5 * time.Minute))
+	var said bytes.Buffer
+	await := func(part string) {
+		t.Helper()
+		for b := make([]byte, 4096); !strings.Contains(said.String(), part); {
+			n, err := term.Read(b)
+			said.Write(b[:n])
+			if err != nil {
+				t.Fatalf("no %q: %q, %v", part, said.String(), err)
+			}
+		}
+	}
+	await("33 99")
+	if err := pty.Setsize(term, &pty.Winsize{Rows: 44, Cols: 111}); err != nil {
+		t.Fatal(err)
+	}
+	// The size comes by a message of its own, which the line must not overtake.
+	time.Sleep(3 * time.Second)
+	fmt.Fprint(term, "a line\r")
+	await("44 111")
+	await("got a line")
+	if err := cmd.Wait(); cmd.ProcessState.ExitCode() != 7 {
+		t.Errorf("status %v", err)
+	}
+	if strings.Contains(said.String(), "not a tty") {
+		t.Errorf("no terminal: %q", said.String())
+	}
+}
+
+// monitor gives the pid of the guest's monitor, as smolvm tells it.
+func (w *world) monitor(t *testing.T, id string) int {
+	t.Helper()
+	out := w.ok("$BOTTLE_SMOLVM machine ls --json")
+	pid := int(gjson.Get(out, `#(name=="`+id+`").pid`).Int())
+	if pid <= 0 {
+		t.Fatalf("no monitor: %s", out)
+	}
+	return pid
+}
+
+// frozen: a guest that does not answer for a while, which smolvm calls unreachable
+// (and would kill and boot again, were it told to start it), is waited for.
+func (w *world) frozen(t *testing.T, id string) {
+	w.ok("bottle-vm exec " + id + " -- sh -c 'sleep 100000 & echo $! >/tmp/alive'")
+	pid := w.monitor(t, id)
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Kill(pid, syscall.SIGCONT)
+	if got := w.ok("$BOTTLE_SMOLVM machine status --name " + id + " --json"); gjson.Get(got, "pid").Int() != int64(pid) {
+		t.Errorf("smolvm lost it: %s", got)
+	} else {
+		t.Logf("smolvm calls it %q", gjson.Get(got, "state").Str)
+	}
+	if got := w.ok("bottle-vm ls"); gjson.Get(got, "phase").Str != "ready" {
+		t.Errorf("a frozen guest is taken for a dead one: %s", got)
+	}
+	if out := w.ok("bottle-gc"); out != "" {
+		t.Errorf("a frozen guest is taken for an orphan: %s", out)
+	}
+	thawed := time.AfterFunc(4*time.Second, func() { syscall.Kill(pid, syscall.SIGCONT) })
+	defer thawed.Stop()
+	if r := w.sh("bottle-vm exec " + id + " -- sh -c 'kill -0 $(cat /tmp/alive) && echo the same guest'"); r.out != "the same guest\n" || r.code != 0 {
+		t.Errorf("a command of a guest that was frozen as it began: %+v", r)
+	}
+	if now := w.monitor(t, id); now != pid {
+		t.Errorf("it was booted again: %d, then %d", pid, now)
+	}
+}
+
+// again: stop ends the guest, start boots it with its disk, and nothing else that
+// it shows of the host, nor another way out.
+func (w *world) again(t *testing.T, id string) {
+	w.ok("bottle-vm exec " + id + " -- sh -c 'echo kept >$HOME/kept; echo gone >/dev/shm/gone'")
+	boot := w.ok("bottle-vm exec " + id + " -- cat /proc/sys/kernel/random/boot_id")
+	w.ok("bottle-vm stop " + id)
+	if got := gjson.Get(w.ok("bottle-vm status "+id), "phase").Str; got != "stopped" {
+		t.Errorf("phase %q", got)
+	}
+	if r := w.sh("bottle-vm exec " + id + " -- true"); r.code != 125 {
+		t.Errorf("exec of a stopped bottle: %+v", r)
+	}
+	if out := w.ok("bottle-gc"); out != "" {
+		t.Errorf("a stopped bottle is taken for an orphan: %s", out)
+	}
+
+	// A folder in whose place there is a link would be shown.
+	w.ok("mv ws elsewhere && ln -s elsewhere ws")
+	if r := w.sh("bottle-vm start " + id); r.code != 78 || !strings.Contains(r.err, "what the guest was given of the host has changed") {
+		t.Errorf("a workspace that leads elsewhere: %+v", r)
+	}
+	if got := gjson.Get(w.ok("bottle-vm status "+id), "phase").Str; got != "stopped" {
+		t.Errorf("phase %q", got)
+	}
+	w.ok("rm ws && mv elsewhere ws")
+
+	doc := w.ok("bottle-vm start " + id)
+	if gjson.Get(doc, "vm.id").Str != id || gjson.Get(doc, "vm.runtime").Str != "smolvm" {
+		t.Errorf("document: %s", doc)
+	}
+	if got := gjson.Get(w.ok("bottle-vm status "+id), "phase").Str; got != "ready" {
+		t.Errorf("phase %q", got)
+	}
+	if r := w.sh("bottle-vm start " + id); r.code != 75 {
+		t.Errorf("start of a bottle that runs: %+v", r)
+	}
+	if got := w.ok("bottle-vm exec " + id + " -- sh -c 'cat $HOME/kept; cat /dev/shm/gone 2>/dev/null; cat f'"); got != "kept\nfrom the guest\n" {
+		t.Errorf("disk and workspace: %q", got)
+	}
+	if w.ok("bottle-vm exec "+id+" -- cat /proc/sys/kernel/random/boot_id") == boot {
+		t.Error("it is the same boot")
+	}
+	// The gate is there, and its log one chain.
+	if r := w.sh("bottle-vm exec " + id + " -- wget -T 20 -O- http://denied.test/"); !strings.Contains(r.err, "403") {
+		t.Errorf("no gate: %+v", r)
+	}
+	if out := w.ok("bottle-egress log --verify " + id); gjson.Get(out, "verdict").Str != "whole" {
+		t.Errorf("the audit log: %s", out)
+	}
+	if r := w.sh("bottle-vm verify " + id); r.code == 1 {
+		t.Errorf("verify: %+v", r)
+	}
+}
+
+// Two at once know nothing of each other. Their names are as long as names can be.
 func TestTwo(t *testing.T) {
 	w := newWorld(t, "user")
 	w.manifest("")
-	a, b := w.up(), w.up()
+	long := strings.Repeat("a", 40)
+	a, b := w.up("--name "+long), w.up("--name "+long)
+	for _, id := range []string{a, b} {
+		if !strings.HasPrefix(id, long+"-") || w.monitor(t, id) == 0 {
+			t.Errorf("the name of %s", id)
+		}
+	}
 	if w.ok("bottle-vm exec "+a+" -- hostname") == w.ok("bottle-vm exec "+b+" -- hostname") {
 		t.Error("they have one name")
 	}
