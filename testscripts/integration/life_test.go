@@ -494,3 +494,29 @@ func TestForeignRecords(t *testing.T) {
 	}
 	w.Down(id)
 }
+
+// gVisor keeps no disk of a guest that was stopped: start says so, and the bottle
+// stays as it is.
+func TestStartWithoutDisk(t *testing.T) {
+	w := harness.NewWorld(t)
+	w.Manifest(`"runtime":"gvisor"`)
+	id := w.Up()
+	if r := w.Sh("bottle-vm start " + id); r.Code != 78 || !strings.Contains(r.Stderr, "keeps no disk") {
+		t.Errorf("start of a bottle that runs: %+v", r)
+	}
+	w.OK("bottle-vm exec " + id + " -- true")
+	w.OK("bottle-vm stop " + id)
+	for range 2 {
+		if r := w.Sh("bottle-vm start " + id); r.Code != 78 || !strings.Contains(r.Stderr, "keeps no disk") {
+			t.Errorf("start of a stopped bottle: %+v", r)
+		}
+	}
+	if got := w.OK("bottle-vm status " + id); !strings.Contains(got, `"phase":"stopped"`) {
+		t.Errorf("status: %s", got)
+	}
+	if r := w.Sh("bottle-vm start nosuchbottle"); r.Code != 66 {
+		t.Errorf("start of nothing: %+v", r)
+	}
+	w.Down(id)
+	w.Gone()
+}
