@@ -431,6 +431,34 @@ func TestJail(t *testing.T) {
 			t.Errorf("another port of an allowed host answered: %v", got)
 		}
 	})
+	// What smolvm leaves open to everybody (agent.sock, mode 0777: guest root) lies
+	// in folders that are not.
+	t.Run("other-users", func(t *testing.T) {
+		data := strings.TrimSpace(w.ok("$BOTTLE_SMOLVM machine data-dir --name " + id))
+		record := w.ok("cat $(bottle-vm status " + id + " | jq -r .state_dir)/record.json")
+		sockets := 0
+		for _, dir := range []string{data, gjson.Get(record, "run_dir").Str} {
+			err := filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
+				if err != nil || e.Type() != os.ModeSocket {
+					return err
+				}
+				sockets++
+				t.Logf("%s", path)
+				cmd := exec.Command("/usr/bin/test", "-e", path)
+				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+				if cmd.Run() == nil {
+					t.Errorf("other users can reach %s", path)
+				}
+				return nil
+			})
+			if err != nil || dir == "" {
+				t.Errorf("%q: %v", dir, err)
+			}
+		}
+		if sockets < 3 { // agent.sock, gate.sock, keeper.sock at least
+			t.Errorf("%d sockets only: it did not look where they are", sockets)
+		}
+	})
 	t.Run("devices", func(t *testing.T) {
 		if got := w.ok("bottle-vm exec " + id + " -- sh -c 'cat /proc/net/route; ls /sys/class/net'"); strings.Contains(got, "eth") {
 			t.Errorf("the guest has a network device: %s", got)
