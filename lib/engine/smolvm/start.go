@@ -153,8 +153,8 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 
 // boot starts the machine and waits until commands run in it.
 func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec) (pid int, err error) {
-	if err := startTwice(ctx, c, s.ID, s.Dir); err != nil {
-		return 0, explainBoot(err, e.getenv)
+	if err := startPatiently(ctx, c, s.ID, s.Dir); err != nil {
+		return 0, explainBoot(err, e.getenv, spoke(dataDirs(ctx, c, s.ID, s.Dir)))
 	}
 	if err := closeDataDirs(ctx, c, s.ID, s.Dir); err != nil { // start may make it anew
 		return 0, err
@@ -388,18 +388,38 @@ func writeSynced(path string, b []byte) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
-// startTwice boots the machine. About one start in three was seen to fail with
-// "boot process exited (code 0)" where a second one worked, so it gets one. Other
-// failures are not tried again: where KVM cannot run a guest, it never is ready.
-func startTwice(ctx context.Context, c *smolvm.Client, id, dir string) error {
-	err := c.MachineStart(ctx, id)
-	if !errors.Is(err, smolvm.ErrBootExited) {
-		return err
+// bootTries bounds the starts of a machine that does not get ready in the time
+// that smolvm gives it.
+const bootTries = 4
+
+// startPatiently boots the machine. smolvm itself gives up after 30 seconds, which
+// a slow or busy host takes, and about one start in three was seen to fail with
+// "boot process exited (code 0)" where a second one worked. So the latter gets a
+// second try, and a guest that was seen to run, and was late, a few: each finds
+// more of what it reads in the host's memory. One that never said anything is not
+// tried again: where KVM cannot run a guest, it never is ready.
+func startPatiently(ctx context.Context, c *smolvm.Client, id, dir string) error {
+	for try := 1; ; try++ {
+		err := c.MachineStart(ctx, id)
+		late := errors.Is(err, smolvm.ErrNotReady) && try < bootTries && spoke(dataDirs(ctx, c, id, dir))
+		if !late && (!errors.Is(err, smolvm.ErrBootExited) || try > 1) {
+			return err
+		}
+		if _, kerr := killMonitors(ctx, dataDirs(ctx, c, id, dir)); kerr != nil {
+			return join(err, kerr)
+		}
 	}
-	if _, kerr := killMonitors(ctx, dataDirs(ctx, c, id, dir)); kerr != nil {
-		return join(err, kerr)
+}
+
+// spoke tells whether the guest whose monitor has its files in one of dirs has
+// written to its console: then its kernel runs, and what it runs does.
+func spoke(dirs []string) bool {
+	for _, d := range dirs {
+		if fi, err := os.Stat(filepath.Join(d, "agent-console.log")); err == nil && fi.Size() > 0 {
+			return true
+		}
 	}
-	return c.MachineStart(ctx, id)
+	return false
 }
 
 // probe waits until commands run in the guest, the helper relays, and the keeper
@@ -446,11 +466,15 @@ func sleep(ctx context.Context, d time.Duration) error {
 }
 
 // explainBoot turns a boot that failed into a fault that says what to do.
-func explainBoot(err error, getenv func(string) string) error {
+func explainBoot(err error, getenv func(string) string, spoke bool) error {
 	var e *smolvm.Error
 	boot := []error{smolvm.ErrNotReady, smolvm.ErrBootExited, smolvm.ErrKVM, smolvm.ErrTimeout}
 	if !errors.As(err, &e) || !slices.Contains(boot, e.Kind) {
 		return err
+	}
+	if spoke && e.Kind == smolvm.ErrNotReady {
+		return fault.New(fault.Host, "smolvm_slow", "guests run here, but too slowly for smolvm, which gives up after half a minute: %w", err).
+			WithHint("try again when the machine has less to do, or use runtime gvisor")
 	}
 	return fault.New(fault.Host, "smolvm_boot", "no guest boots here: %w", err).
 		WithHint("%s", bootHint(e, os.Geteuid(), kvmMode(), getenv("SMOLVM_VM_UID_DROP") == "off"))
@@ -510,8 +534,8 @@ func (e *Engine) Check(ctx context.Context, dir string) (err error) {
 	if err := c.MachineCreate(ctx, id, spec); err != nil {
 		return err
 	}
-	if err := startTwice(ctx, c, id, dir); err != nil {
-		return explainBoot(err, e.getenv)
+	if err := startPatiently(ctx, c, id, dir); err != nil {
+		return explainBoot(err, e.getenv, spoke(dataDirs(ctx, c, id, dir)))
 	}
 	r, err := firstExec(ctx, c, id, "true")
 	if err == nil && r.Code != 0 {
