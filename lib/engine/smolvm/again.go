@@ -28,7 +28,7 @@ func (e *Engine) Stop(ctx context.Context, r engine.Ref) error {
 		return nil
 	}
 	if err == nil {
-		if err := ours(m); err != nil {
+		if err := ours(m, tagOf(r.Dir)); err != nil {
 			return err
 		}
 		err = c.MachineStop(ctx, r.ID)
@@ -51,10 +51,19 @@ func (e *Engine) Restart(ctx context.Context, s *engine.Spec) (*engine.Started, 
 	if err != nil {
 		return nil, err
 	}
-	if err := e.restartable(ctx, c, s); err != nil {
+	spec, err := createSpec(s)
+	if err != nil {
 		return nil, err
 	}
-	pid, err := e.bootAgain(ctx, c, s)
+	if err := restartable(ctx, c, s, spec); err != nil {
+		return nil, err
+	}
+	pins, err := pin(elsewhere(spec.Volumes, s.Dir))
+	defer pins.close()
+	if err != nil {
+		return nil, err
+	}
+	pid, err := e.bootAgain(ctx, c, s, pins)
 	if err != nil {
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupLimit)
 		defer cancel()
@@ -63,14 +72,15 @@ func (e *Engine) Restart(ctx context.Context, s *engine.Spec) (*engine.Started, 
 	return started(s, pid), nil
 }
 
-func (e *Engine) bootAgain(ctx context.Context, c *smolvm.Client, s *engine.Spec) (int, error) {
+func (e *Engine) bootAgain(ctx context.Context, c *smolvm.Client, s *engine.Spec, pins pins) (int, error) {
 	if err := stage(s); err != nil {
-		return 0, err
+		return 0, fault.New(fault.CantCreate, "cannot_create", "what the guest gets: %w", err).
+			WithHint("look at the disk that holds %s", s.Dir)
 	}
-	return e.boot(ctx, c, s)
+	return e.boot(ctx, c, s, pins)
 }
 
-func (e *Engine) restartable(ctx context.Context, c *smolvm.Client, s *engine.Spec) error {
+func restartable(ctx context.Context, c *smolvm.Client, s *engine.Spec, spec smolvm.CreateSpec) error {
 	m, err := c.MachineStatus(ctx, s.ID)
 	if errors.Is(err, smolvm.ErrNotFound) {
 		return fault.New(fault.Unavailable, "smolvm_not_found", "the smolvm machine %s is gone, and its disk with it", s.ID).
@@ -79,15 +89,11 @@ func (e *Engine) restartable(ctx context.Context, c *smolvm.Client, s *engine.Sp
 	if err != nil {
 		return err
 	}
-	if err := ours(m); err != nil {
+	if err := ours(m, tagOf(s.Dir)); err != nil {
 		return err
 	}
 	if running(m) {
 		return fault.New(fault.TempFail, "still_running", "the smolvm machine %s still runs", s.ID).WithHint("try again in a moment")
-	}
-	spec, err := createSpec(s)
-	if err != nil {
-		return err
 	}
 	var rec machineRecord
 	b, err := os.ReadFile(machineFile(s.Dir))

@@ -19,6 +19,7 @@ func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func(
 	s = newSpec(t)
 	first, second := exec.Command("sleep", "60"), exec.Command("sleep", "60")
 	for _, p := range []*exec.Cmd{first, second} {
+		p.ExtraFiles = openAll(t, s.Workspace, s.Binds[0].Source) // as a monitor has them
 		if err := p.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -29,7 +30,7 @@ func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func(
 	ready := answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128")
 	e, f := scripted(t, version("1.9.1"),
 		answer(0, created, "", createArgv(s)...),
-		answer(0, "/var/x/vms/0123\n", "", "machine", "data-dir", "--name", s.ID),
+		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
 		start, ready,
 		answer(0, statusJSON(s.ID, "running", first.Process.Pid), "", status...),
 		answer(0, statusJSON(s.ID, "running", first.Process.Pid), "", status...),
@@ -155,7 +156,7 @@ func TestStop(t *testing.T) {
 		t.Fatal(err)
 	}
 	status := []string{"machine", "status", "--name", s.ID, "--json"}
-	dataDir := answer(0, "/var/x/vms/0123\n", "", "machine", "data-dir", "--name", s.ID)
+	dataDir := answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID)
 	e, _ := scripted(t, version("1.9.1"), answer(1, "", unknown, status...))
 	if err := e.Stop(t.Context(), refOf(s)); err != nil {
 		t.Errorf("a machine that is gone: %v", err)

@@ -456,7 +456,16 @@ func TestLateGuestIsStartedAgain(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := newSpec(t)
-			data := t.TempDir()
+			monitor := exec.Command("sleep", "60")
+			monitor.ExtraFiles = openAll(t, s.Workspace, s.Binds[0].Source)
+			if err := monitor.Start(); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = monitor.Process.Kill(); _ = monitor.Wait() })
+			data := vmDir(s)
+			if err := os.MkdirAll(data, 0o700); err != nil {
+				t.Fatal(err)
+			}
 			if err := os.WriteFile(filepath.Join(data, "agent-console.log"), []byte("agent starting\n"), 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -466,7 +475,7 @@ func TestLateGuestIsStartedAgain(t *testing.T) {
 				recs = append(recs, answer(1, "", late, "machine", "start", "--name", s.ID))
 			}
 			recs = append(recs, answer(0, "", starting, "machine", "start", "--name", s.ID),
-				answer(0, statusJSON(s.ID, "running", 0), "", "machine", "status", "--name", s.ID, "--json"),
+				answer(0, statusJSON(s.ID, "running", monitor.Process.Pid), "", "machine", "status", "--name", s.ID, "--json"),
 				answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128"),
 				answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
 				answer(0, "[]\n", "", "machine", "ls", "--json"))

@@ -196,7 +196,7 @@ func TestDataDir(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return remember(t.Context(), c, s.ID, s.Dir)
+		return remember(t.Context(), c, s.ID, s.Dir, nil)
 	}
 	for _, bad := range []string{"/", "/tmp", s.RunDir, s.Dir, filepath.Dir(s.Dir) + "/./", "/usr/"} {
 		before, err := os.Stat(bad)

@@ -148,11 +148,11 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 	if err := remember(ctx, c, s.ID, s.Dir, shownBy(spec)); err != nil {
 		return 0, err
 	}
-	return e.boot(ctx, c, s)
+	return e.boot(ctx, c, s, pins)
 }
 
 // boot starts the machine and waits until commands run in it.
-func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec) (pid int, err error) {
+func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec, pins pins) (pid int, err error) {
 	if err := startPatiently(ctx, c, s.ID, s.Dir); err != nil {
 		return 0, explainBoot(err, e.getenv, spoke(dataDirs(ctx, c, s.ID, s.Dir)))
 	}
