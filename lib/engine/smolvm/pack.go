@@ -66,7 +66,7 @@ func (e *Engine) Pack(ctx context.Context, rootfs, dir string) (string, error) {
 	if err == nil {
 		return out + ".smolmachine", nil
 	}
-	return "", join(explainBoot(err, e.getenv), e.endPack(begun, self))
+	return "", join(explainBoot(err, e.getenv, false), e.endPack(begun, self))
 }
 
 // guestMaker is one "smolvm pack create".
