@@ -133,7 +133,7 @@ func (k *keeper) prepareAgain() (func(context.Context, *engine.Spec) (*engine.St
 	k.dropSockets()
 	for _, name := range []string{"pipelock", "mitmdump"} {
 		if err := state.RemoveAll(filepath.Join(k.bottle.Dir, name)); err != nil {
-			return nil, fault.New(fault.IO, "cannot_remove", "%w", err)
+			return nil, fault.New(fault.IO, "remove_failed", "%w", err)
 		}
 	}
 	return r.Restart, nil

@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -148,5 +149,21 @@ func TestDoctorRemembers(t *testing.T) {
 	}
 	if err := v.booted(context.Background(), e, root); err == nil || !strings.Contains(err.Error(), "module") {
 		t.Errorf("doctor's failure is not known: %v", err)
+	}
+}
+
+// A check that ran out of its time is not told as a bug.
+func TestDoctorCutsOff(t *testing.T) {
+	var out strings.Builder
+	dir := t.TempDir()
+	v := &vm{p: &tool.Proc{Name: "bottle-vm", Now: time.Now, Stdout: &out, Stderr: io.Discard, Getenv: func(name string) string {
+		return map[string]string{"XDG_STATE_HOME": dir, "XDG_RUNTIME_DIR": dir, "HOME": dir}[name]
+	}}}
+	_ = v.doctor(context.Background(), time.Nanosecond, false)
+	if strings.Contains(out.String(), "bug") || !strings.Contains(out.String(), "it was not done after 1ns") {
+		t.Errorf("%s", out.String())
+	}
+	if f := fault.As(cutOff(time.Second, context.DeadlineExceeded)); f.Exit != fault.Host || f.Code != "check_timeout" || f.Hint == "" {
+		t.Errorf("%+v", f)
 	}
 }

@@ -109,7 +109,7 @@ func (v *vm) doctor(ctx context.Context, limit time.Duration, more bool) error {
 		begun := time.Now()
 		detail, err := check(ctx)
 		if errors.Is(ctx.Err(), context.DeadlineExceeded) && err != nil {
-			err = fault.New(fault.Host, "check_timeout", "it was not done after %s: %w", limit, err).WithHint("give it more time with --timeout")
+			err = cutOff(limit, err)
 		}
 		f := finding{Check: name, OK: err == nil, Required: required, Detail: detail, TookMS: time.Since(begun).Milliseconds()}
 		if e := fault.As(err); e != nil {
@@ -143,6 +143,11 @@ func (v *vm) doctor(ctx context.Context, limit time.Duration, more bool) error {
 		worst = fault.Host
 	}
 	return tool.Exit(worst)
+}
+
+// cutOff is for a check that was ended by its time limit.
+func cutOff(limit time.Duration, err error) error {
+	return fault.New(fault.Host, "check_timeout", "it was not done after %s: %w", limit, err).WithHint("give it more time with --timeout")
 }
 
 func (v *vm) checkState(context.Context) (string, error) {

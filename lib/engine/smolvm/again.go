@@ -51,14 +51,14 @@ func (e *Engine) Restart(ctx context.Context, s *engine.Spec) (*engine.Started, 
 	if err != nil {
 		return nil, err
 	}
-	spec, err := createSpec(s)
+	vs, err := volumes(s)
 	if err != nil {
 		return nil, err
 	}
-	if err := restartable(ctx, c, s, spec); err != nil {
+	if err := restartable(ctx, c, s, vs); err != nil {
 		return nil, err
 	}
-	pins, err := pin(elsewhere(spec.Volumes, s.Dir))
+	pins, err := pin(elsewhere(vs, s.Dir))
 	defer pins.close()
 	if err != nil {
 		return nil, err
@@ -80,7 +80,7 @@ func (e *Engine) bootAgain(ctx context.Context, c *smolvm.Client, s *engine.Spec
 	return e.boot(ctx, c, s, pins)
 }
 
-func restartable(ctx context.Context, c *smolvm.Client, s *engine.Spec, spec smolvm.CreateSpec) error {
+func restartable(ctx context.Context, c *smolvm.Client, s *engine.Spec, vs []smolvm.Volume) error {
 	m, err := c.MachineStatus(ctx, s.ID)
 	if errors.Is(err, smolvm.ErrNotFound) {
 		return fault.New(fault.Unavailable, "smolvm_not_found", "the smolvm machine %s is gone, and its disk with it", s.ID).
@@ -104,7 +104,7 @@ func restartable(ctx context.Context, c *smolvm.Client, s *engine.Spec, spec smo
 		return fault.New(fault.IO, "smolvm_record", "what machine %s was created with cannot be read: %w", s.ID, err).
 			WithHint("remove the bottle with bottle-vm down, and start a new one")
 	}
-	if now := shownBy(spec); !slices.Equal(rec.Shown, now) {
+	if now := shownBy(vs, s.GateSocket); !slices.Equal(rec.Shown, now) {
 		was, is := differences(rec.Shown, now), differences(now, rec.Shown)
 		return refuse("smolvm_changed", "", "put it back, or remove the bottle with bottle-vm down and start a new one",
 			"what the guest was given of the host has changed: it was %q, and would be %q", was, is)

@@ -27,7 +27,7 @@ func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func(
 	}
 	status := []string{"machine", "status", "--name", s.ID, "--json"}
 	start := answer(0, "Machine 'x' running (PID: 1)\n", starting, "machine", "start", "--name", s.ID)
-	ready := answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128")
+	ready := answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock")
 	e, f := scripted(t, version("1.9.1"),
 		answer(0, created, "", createArgv(s)...),
 		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
@@ -110,6 +110,7 @@ func TestRestartRefuses(t *testing.T) {
 			s.Binds = append(s.Binds, engine.Bind{Source: s.RunDir, Target: "/more", ReadOnly: true})
 		}},
 		{"a mount that is writable now", "smolvm_changed", func(s *engine.Spec) { s.Binds[0].ReadOnly = false }},
+		{"no record of what it was given", "smolvm_record", func(s *engine.Spec) { _ = os.Remove(machineFile(s.Dir)) }},
 		{"another socket", "smolvm_changed", func(s *engine.Spec) { s.GateSocket += "2" }},
 		{"a workspace that has something to guard now", "smolvm_nested_mount", func(s *engine.Spec) {
 			hooks := filepath.Join(s.Workspace, ".git/hooks")
@@ -119,7 +120,11 @@ func TestRestartRefuses(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, calls, restart := again(t, tt.change)
-			wantFault(t, restart(), fault.Host, tt.code)
+			exit := fault.Host
+			if tt.code == "smolvm_record" {
+				exit = fault.IO
+			}
+			wantFault(t, restart(), exit, tt.code)
 			if got := calls(); strings.Count(got, `"start"`) != 1 {
 				t.Errorf("it was started:\n%s", got)
 			}

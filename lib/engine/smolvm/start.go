@@ -66,19 +66,16 @@ type machineRecord struct {
 
 // shownBy lists what of the host a machine is given, and where that leads: the
 // guest may leave a link in place of a folder inside of its workspace.
-func shownBy(c smolvm.CreateSpec) []string {
+func shownBy(vs []smolvm.Volume, gateSocket string) []string {
 	var all []string
-	for _, v := range c.Volumes {
+	for _, v := range vs {
 		real, err := filepath.EvalSymlinks(v.Host)
 		if err != nil {
 			real = "nothing"
 		}
 		all = append(all, v.String()+" ("+real+")")
 	}
-	for _, k := range c.Sockets {
-		all = append(all, k.Host+":"+k.Guest)
-	}
-	return all
+	return append(all, gateSocket)
 }
 
 // Start creates the machine, boots it with the guest helper as its workload,
@@ -145,7 +142,7 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 	if err := c.MachineCreate(ctx, s.ID, spec); err != nil {
 		return 0, err
 	}
-	if err := remember(ctx, c, s.ID, s.Dir, shownBy(spec)); err != nil {
+	if err := remember(ctx, c, s.ID, s.Dir, shownBy(vs, s.GateSocket)); err != nil {
 		return 0, err
 	}
 	return e.boot(ctx, c, s, pins)
