@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/plan"
+	"github.com/bottle-tools/bottle/lib/smolvm"
 	"github.com/bottle-tools/bottle/lib/smolvm/smolvmtest"
 	"github.com/bottle-tools/bottle/lib/state"
 	"github.com/bottle-tools/bottle/testscripts/fakesmolvm"
@@ -99,6 +101,28 @@ func TestStartFromPack(t *testing.T) {
 		if _, err := os.Lstat(p); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s is there: %v", p, err)
 		}
+	}
+}
+
+// A pack that smolvm does not take is named, with what to do about it.
+func TestPackIsBroken(t *testing.T) {
+	recs, err := fakesmolvm.Load(transcripts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := slices.IndexFunc(recs, func(r fakesmolvm.Record) bool { return r.Name == "pk1322-from-junk" })
+	if i < 0 {
+		t.Fatal("not recorded")
+	}
+	err = explainPack(&smolvm.Error{Kind: smolvm.ErrFailed, Op: "machine create", Exit: *recs[i].Exit, Stderr: recs[i].Stderr}, "/c/x.smolmachine")
+	wantFault(t, err, fault.Unavailable, "smolvm_pack_refused", "/c/x.smolmachine", "too small to contain footer", "remove that file")
+	for _, other := range []error{&smolvm.Error{Kind: smolvm.ErrAlreadyExists}, &smolvm.Error{Kind: smolvm.ErrDiskFull}, context.Canceled} {
+		if got := explainPack(other, "/c/x"); got != other {
+			t.Errorf("%v", got)
+		}
+	}
+	if e := (&smolvm.Error{Kind: smolvm.ErrFailed}); explainPack(e, "") != error(e) {
+		t.Error("a pack is named where there is none")
 	}
 }
 

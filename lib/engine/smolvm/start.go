@@ -140,7 +140,7 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 		return 0, err
 	}
 	if err := c.MachineCreate(ctx, s.ID, spec); err != nil {
-		return 0, err
+		return 0, explainPack(err, s.Pack)
 	}
 	if err := remember(ctx, c, s.ID, s.Dir, shownBy(vs, s.GateSocket)); err != nil {
 		return 0, err
@@ -183,6 +183,15 @@ func copyImage(ctx context.Context, s *engine.Spec) error {
 	}
 	return fault.New(fault.CantCreate, "cannot_create", "the bottle's copy of the image: %w", cmp.Or(errors.Unwrap(err), err)).
 		WithHint("look at the disk that holds %s, and whether you may read all of %s", s.Dir, s.Rootfs)
+}
+
+// explainPack tells what to do about a pack that smolvm does not take.
+func explainPack(err error, pack string) error {
+	if pack == "" || !errors.Is(err, smolvm.ErrFailed) {
+		return err
+	}
+	return fault.New(fault.Unavailable, "smolvm_pack_refused", "no machine can be made from the pack %s: %w", pack, err).
+		WithHint("remove that file: without it the image itself is used; bottle-pack --smolmachine makes it anew")
 }
 
 // elsewhere gives the volumes that are not in the bottle's own folder, where
