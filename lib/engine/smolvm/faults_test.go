@@ -3,6 +3,7 @@
 package smolvm
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/engine/smolvm/runner"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/smolvm"
 	"github.com/bottle-tools/bottle/lib/state"
@@ -270,7 +272,7 @@ func TestExchangedFolder(t *testing.T) {
 // Of a monitor that tells nothing, the paths are looked at.
 func TestExchangedFolderOfAPlainUser(t *testing.T) {
 	s := newSpec(t)
-	ps, err := pin([]smolvm.Volume{{Host: s.Workspace}})
+	ps, err := pin([]smolvm.Volume{{Host: s.Workspace, Guest: "/workspace"}, {Host: s.RunDir, Guest: "/opt/x"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -278,6 +280,25 @@ func TestExchangedFolderOfAPlainUser(t *testing.T) {
 	if err := ps.still(); err != nil {
 		t.Error(err)
 	}
+	// The runner's own words, and those of a guest with other folders.
+	asked := func(paths ...string) error {
+		return ps.seen(func(argv ...string) ([]byte, error) {
+			if fmt.Sprint(argv) != "[/opt/bottle/guest inodes /workspace /opt/x]" {
+				t.Errorf("%q", argv)
+			}
+			var out bytes.Buffer
+			status, ok := runner.Main(append([]string{"inodes"}, paths...), &out, os.Stderr)
+			if status != 0 || !ok {
+				t.Errorf("%d %v", status, ok)
+			}
+			return out.Bytes(), nil
+		})
+	}
+	if err := asked(s.Workspace, s.RunDir); err != nil {
+		t.Error(err)
+	}
+	wantFault(t, asked(s.RunDir, s.Workspace), fault.NoPerm, "smolvm_mount_changed", "the guest has another folder")
+	wantFault(t, asked(s.Workspace), fault.NoPerm, "smolvm_mount_changed", s.RunDir)
 	if err := errors.Join(os.Rename(s.Workspace, s.Workspace+".real"), os.Mkdir(s.Workspace, 0o755)); err != nil {
 		t.Fatal(err)
 	}

@@ -6,17 +6,24 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/smolvm"
 )
 
 // pins are the folders that a guest is meant to get, held open. smolvm takes
 // paths, follows symlinks in them, and opens them once more at the start: where
 // another bottle's guest can write, a folder may be a link to anywhere by then.
-type pins []*os.File
+type pins []pinned
+
+type pinned struct {
+	*os.File
+	guest string // where the guest has it
+}
 
 // pin opens the folders, which are resolved paths, without following a symlink.
 func pin(vs []smolvm.Volume) (pins, error) {
@@ -26,7 +33,7 @@ func pin(vs []smolvm.Volume) (pins, error) {
 		if err != nil {
 			return ps, exchanged(v.Host, err.Error())
 		}
-		ps = append(ps, f)
+		ps = append(ps, pinned{f, v.Guest})
 	}
 	return ps, nil
 }
@@ -51,16 +58,28 @@ func (ps pins) close() {
 	}
 }
 
-// heldBy makes sure that the guest's monitor has these folders open, and not
-// what took their places: its file server keeps the root of each open.
+// mounted makes sure that the guest has these folders, and not what took their
+// places. inGuest runs a command in the guest.
+func (ps pins) mounted(pid int, inGuest func(argv ...string) ([]byte, error)) error {
+	err := ps.heldBy(pid)
+	if !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	// Of a plain user's monitor the kernel tells nothing (it is not dumpable).
+	if err := ps.still(); err != nil {
+		return err
+	}
+	return ps.seen(inGuest)
+}
+
+// heldBy looks at what the guest's monitor has open: its file server keeps the
+// root of each folder open.
 func (ps pins) heldBy(pid int) error {
 	type id struct{ dev, ino uint64 }
 	dir := filepath.Join("/proc", strconv.Itoa(pid), "fd")
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrPermission) {
-		// Of a plain user's monitor the kernel tells nothing (it is not dumpable):
-		// what is left to see is that the paths lead where they did.
-		return ps.still()
+		return err
 	}
 	if err != nil {
 		return exchanged("what it was given", err.Error())
@@ -96,6 +115,34 @@ func (ps pins) still() error {
 		now.Close()
 		if err1 != nil || err2 != nil || !os.SameFile(was, is) {
 			return exchanged(f.Name(), "there is another folder now")
+		}
+	}
+	return nil
+}
+
+// seen asks the guest for the inode numbers of its folders. The helper answers, of
+// which the image has no say; another folder with the same number would have to
+// be on another file system.
+func (ps pins) seen(inGuest func(argv ...string) ([]byte, error)) error {
+	if len(ps) == 0 {
+		return nil
+	}
+	argv := []string{engine.GuestHelper, "inodes"}
+	for _, f := range ps {
+		argv = append(argv, f.guest)
+	}
+	out, err := inGuest(argv...)
+	if err != nil {
+		return err
+	}
+	got := strings.Fields(string(out))
+	for i, f := range ps {
+		fi, err := f.Stat()
+		if err != nil {
+			return exchanged(f.Name(), err.Error())
+		}
+		if i >= len(got) || got[i] != strconv.FormatUint(fi.Sys().(*syscall.Stat_t).Ino, 10) {
+			return exchanged(f.Name(), "the guest has another folder")
 		}
 	}
 	return nil

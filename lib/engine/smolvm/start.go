@@ -169,7 +169,14 @@ func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec, pin
 		return 0, err
 	}
 	// All folders are mounted by now.
-	return m.PID, pins.heldBy(m.PID)
+	return m.PID, pins.mounted(m.PID, func(argv ...string) ([]byte, error) {
+		r, err := firstExec(ctx, c, s.ID, argv...)
+		if err == nil && r.Code != 0 {
+			err = fault.New(fault.Unavailable, "guest_failed", "the guest does not tell what it was given: status %d, %.200q", r.Code, r.Stderr).
+				WithHint("see what it said with: smolvm machine logs")
+		}
+		return r.Stdout, err
+	})
 }
 
 // copyImage gives the bottle an image of its own, unless it has a pack of it.

@@ -55,6 +55,8 @@ func (r Runner) Main(args []string, stdout, stderr io.Writer) (status int, ok bo
 		err = r.ran(args[1], stdout)
 	case len(args) == 3 && args[0] == "await":
 		status, err = await(args[1], args[2], awaitLimit)
+	case len(args) > 1 && args[0] == "inodes":
+		err = inodes(args[1:], stdout)
 	case len(args) == 3 && args[0] == "signal":
 		err = r.signal(args[1], args[2])
 	default:
@@ -250,6 +252,21 @@ func (r Runner) state(marker string) (State, error) {
 		return s, err
 	}
 	return s, json.Unmarshal(b, &s)
+}
+
+// inodes prints the inode numbers of the paths, which a file server of the host
+// passes through as they are.
+func inodes(paths []string, stdout io.Writer) error {
+	for _, p := range paths {
+		var st unix.Stat_t
+		if err := unix.Stat(p, &st); err != nil {
+			return &fs.PathError{Op: "stat", Path: p, Err: err}
+		}
+		if _, err := fmt.Fprintln(stdout, st.Ino); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // ran prints the state, once: whoever asked knows it then.
