@@ -318,4 +318,10 @@ func TestMountTargets(t *testing.T) {
 		e, _ := scripted(t, version("1.9.1"))
 		wantFault(t, e.Prepare(t.Context(), s), fault.Host, "smolvm_mount_target")
 	}
+	s := newSpec(t)
+	if err := os.Remove(s.Binds[0].Source); err != nil { // since it was resolved
+		t.Fatal(err)
+	}
+	e, _ := scripted(t, version("1.9.1"))
+	wantFault(t, e.Prepare(t.Context(), s), fault.NoInput, "no_mount", s.Binds[0].Source)
 }

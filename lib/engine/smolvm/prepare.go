@@ -91,7 +91,7 @@ func volumes(s *engine.Spec) ([]smolvm.Volume, error) {
 		}
 		fi, err := os.Stat(v.Host)
 		if err != nil {
-			return nil, err
+			return nil, fault.New(fault.NoInput, "no_mount", "%w", err).WithHint("make it, or take the mount out of the manifest")
 		}
 		if !fi.IsDir() {
 			return nil, refuse("smolvm_file_mount", "mounts", "mount its folder, or use runtime gvisor",
