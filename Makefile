@@ -67,6 +67,10 @@ rig: ## a machine in which smolvm boots, where KVM does not work; needs root or 
 test-smolvm: tools ## engine smolvm with real microVMs, inside of the rig; emulated, so it takes its time
 	scripts/test-smolvm
 
+.PHONY: record-smolvm
+record-smolvm: tools ## what real smolvm answers, recorded anew, for the tests that replay it
+	scripts/record-smolvm
+
 .PHONY: up
 up: build ## start the bottle of AGENT=name
 	scripts/bottle start $(AGENT)

@@ -4,9 +4,9 @@
 // smolvm refuses a Smolfile with an unknown field, and a Smolfile cannot say
 // everything: name, labels, sockets (--mount-socket) and a local image (1.9.1
 // takes the image of a Smolfile for a registry's reference) go on the command
-// line, by engine smolvm. What is written here is what smolvm 1.9.1 was recorded
-// to accept (testscripts/transcripts/smolvm, s01-smolfile-ok), and both pinned
-// versions are asked by the tests of lib/smolvm.
+// line, by engine smolvm. What is written here is what both pinned versions were
+// recorded to accept (testscripts/transcripts/smolvm, smolfile-ok), and they are
+// asked by the tests of lib/smolvm.
 package smolfile
 
 import (

@@ -17,10 +17,13 @@ import (
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
-// recording gives one recorded call of smolvm.
-func recording(t *testing.T, name string) (stderr, note string) {
+// The releases that the recordings were made from.
+var releases = []string{"1.9.1", "1.32.2"}
+
+// recording gives one recorded call of smolvm: what it said, and the Smolfile.
+func recording(t *testing.T, release, name string) (exit int, stderr, file string) {
 	t.Helper()
-	f, err := os.Open(filepath.Join("..", "..", "testscripts", "transcripts", "smolvm", "calls.ndjson"))
+	f, err := os.Open(filepath.Join("..", "..", "testscripts", "transcripts", "smolvm", release, "1-records.ndjson"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -28,22 +31,29 @@ func recording(t *testing.T, name string) (stderr, note string) {
 	s := bufio.NewScanner(f)
 	s.Buffer(nil, 16<<20)
 	for s.Scan() {
-		var call struct{ Name, Stderr, Note string }
+		var call struct {
+			Name, Stderr string
+			Exit         int
+			Files        map[string]string
+		}
 		if err := json.Unmarshal(s.Bytes(), &call); err != nil {
 			t.Fatal(err)
 		}
 		if call.Name == name {
-			return call.Stderr, call.Note
+			for _, text := range call.Files {
+				file = text
+			}
+			return call.Exit, call.Stderr, file
 		}
 	}
 	t.Fatalf("no recording is called %s", name)
-	return "", ""
+	return 0, "", ""
 }
 
 // legal is the list of fields that smolvm's strict parser itself names.
-func legal(t *testing.T) map[string]bool {
+func legal(t *testing.T, release string) map[string]bool {
 	t.Helper()
-	stderr, _ := recording(t, "s1-unk")
+	_, stderr, _ := recording(t, release, "smolfile-unknown")
 	_, list, ok := strings.Cut(stderr, "expected one of ")
 	if !ok {
 		t.Fatalf("the recording has no list of fields: %s", stderr)
@@ -75,10 +85,12 @@ func TestFieldsAreThoseOfSmolvm(t *testing.T) {
 	if _, err := toml.Decode(string(text), &got); err != nil {
 		t.Fatalf("%v in\n%s", err, text)
 	}
-	fields := legal(t)
-	for name := range got {
-		if !fields[name] {
-			t.Errorf("smolvm knows no field %q", name)
+	for _, release := range releases {
+		fields := legal(t, release)
+		for name := range got {
+			if !fields[name] {
+				t.Errorf("smolvm %s knows no field %q", release, name)
+			}
 		}
 	}
 	want := map[string]any{
@@ -92,10 +104,15 @@ func TestFieldsAreThoseOfSmolvm(t *testing.T) {
 
 // TestTypesAreThoseOfTheRecording compares with the Smolfile that smolvm took.
 func TestTypesAreThoseOfTheRecording(t *testing.T) {
-	_, note := recording(t, "s01-smolfile-ok")
 	var taken, ours map[string]any
-	if _, err := toml.Decode(note, &taken); err != nil {
-		t.Fatal(err)
+	for _, release := range releases {
+		exit, stderr, file := recording(t, release, "smolfile-ok")
+		if exit != 0 {
+			t.Fatalf("smolvm %s refused the Smolfile: %s", release, stderr)
+		}
+		if _, err := toml.Decode(file, &taken); err != nil {
+			t.Fatal(err)
+		}
 	}
 	text, err := FromPlan(full()).TOML()
 	if err != nil {
@@ -146,10 +163,12 @@ func TestHostsOwn(t *testing.T) {
 	if _, err := toml.Decode(string(text), &got); err != nil {
 		t.Fatalf("%v in\n%s", err, text)
 	}
-	fields := legal(t)
-	for name := range got {
-		if !fields[name] {
-			t.Errorf("smolvm knows no field %q", name)
+	for _, release := range releases {
+		fields := legal(t, release)
+		for name := range got {
+			if !fields[name] {
+				t.Errorf("smolvm %s knows no field %q", release, name)
+			}
 		}
 	}
 	if diff := cmp.Diff([]any{f.Volumes[0], f.Volumes[1]}, got["volumes"]); diff != "" {

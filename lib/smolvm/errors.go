@@ -160,12 +160,16 @@ func classify(op string, exit int, stderr string) *Error {
 	return e
 }
 
-// jsonError finds the line that --error-format json prints:
+// jsonError finds what --error-format json prints, which ends its line; cp has
+// its progress in front of it:
 // {"error":{"code":"NOT_FOUND","message":"vm not found: x"}}.
 func jsonError(stderr string) (code, message string, ok bool) {
 	for line := range strings.Lines(stderr) {
-		line = strings.TrimSpace(line)
-		if !strings.HasPrefix(line, `{"error":`) || !gjson.Valid(line) {
+		at := strings.Index(line, `{"error":`)
+		if at < 0 {
+			continue
+		}
+		if line = strings.TrimSpace(line[at:]); !gjson.Valid(line) {
 			continue
 		}
 		c, m := gjson.Get(line, "error.code"), gjson.Get(line, "error.message")

@@ -5,9 +5,7 @@ import (
 	"context"
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -18,7 +16,6 @@ import (
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/smolfile"
 	"github.com/bottle-tools/bottle/lib/smolvm/smolvmtest"
-	"github.com/bottle-tools/bottle/testscripts/fakesmolvm"
 )
 
 // The releases that the recordings were made from.
@@ -218,62 +215,89 @@ func TestRealErrors(t *testing.T) {
 	})
 }
 
-// What the real program answers today is what was recorded, for every recorded
-// call that needs neither a guest nor the recorder's files. The calls depend on
-// each other and are made in the order of the recording.
-func TestRealAgreesWithRecordings(t *testing.T) {
-	recs, err := fakesmolvm.Load(transcripts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for version, prefix := range map[string]string{"1.9.1": "a", "1.32.2": "v1322-"} {
-		t.Run(version, func(t *testing.T) {
-			c := real(t, version)
-			checked := 0
-			for _, r := range recs {
-				if r.Version != version || !strings.HasPrefix(r.Name, prefix) || r.Name == "a07h-create-noname" {
-					continue
-				}
-				if r.Name == "a20-start" { // from here on there is a guest
-					break
-				}
-				cmd := exec.Command(c.Bin, r.Argv[1:]...)
-				cmd.Env = c.Env
-				var out, errs bytes.Buffer
-				cmd.Stdout, cmd.Stderr = &out, &errs
-				if err := cmd.Run(); err != nil && cmd.ProcessState == nil {
-					t.Fatal(err)
-				}
-				checked++
-				if code := cmd.ProcessState.ExitCode(); code != *r.Exit {
-					t.Errorf("%s: exit %d, recorded %d", r.Name, code, *r.Exit)
-				}
-				if strings.HasPrefix(r.Name, "a08") || strings.HasPrefix(r.Name, "a09") {
-					continue // lists the machine of a07h, whose name is random
-				}
-				if got, want := normal(out.String()), normal(r.Stdout); got != want {
-					t.Errorf("%s: stdout\n got %q\nwant %q", r.Name, got, want)
-				}
-				if got, want := normal(errs.String()), normal(r.Stderr); got != want {
-					t.Errorf("%s: stderr\n got %q\nwant %q", r.Name, got, want)
+// Flags that only newer releases have: used where they are, refused where not.
+func TestRealNewerFlags(t *testing.T) {
+	each(t, func(t *testing.T, c *Client) {
+		ctx := t.Context()
+		newer := !c.Version.Less(sinceStateDir)
+		// smolvm itself, without the wrapper's knowledge of versions.
+		help, err := c.Help(ctx, "machine", "create")
+		if err != nil || strings.Contains(help, "--state-dir") != newer || strings.Contains(help, "--credential") != newer || strings.Contains(help, "--error-format") != newer {
+			t.Errorf("machine create --help of %s: %v", c.Version, err)
+		}
+		there := *c
+		there.StateDir = filepath.Join(t.TempDir(), "state")
+		credential := CreateSpec{Credentials: []Credential{{"TOKEN", "TOKEN", []string{"api.example.com"}}}}
+		createErr := there.MachineCreate(ctx, "a", CreateSpec{CPUs: 1, MemMiB: 256})
+		credentialErr := c.MachineCreate(ctx, "b", credential)
+		_, userErr := there.MachineExec(ctx, "a", ExecOptions{User: "1000"}, "id")
+		if !newer {
+			for flag, err := range map[string]error{"--state-dir": createErr, "--credential": credentialErr} {
+				if !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), flag) {
+					t.Errorf("%s: %v", flag, err)
 				}
 			}
-			if checked < 6 {
-				t.Errorf("only %d recordings were checked", checked)
+			if _, err := c.MachineExec(ctx, "a", ExecOptions{User: "1000"}, "id"); !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "--user") {
+				t.Errorf("--user: %v", err)
 			}
-		})
-	}
+			if list, err := c.MachineLs(ctx); err != nil || len(list) != 0 {
+				t.Errorf("a refusal made something: %v, %v", list, err)
+			}
+			return
+		}
+		if err := errors.Join(createErr, credentialErr); err != nil {
+			t.Fatal(err)
+		}
+		if !errors.Is(userErr, ErrNotRunning) {
+			t.Errorf("exec --user on one that does not run: %v", userErr)
+		}
+		if m, err := c.MachineStatus(ctx, "b"); err != nil || !m.Network {
+			t.Errorf("--credential does not imply a network any more: %+v, %v", m, err)
+		}
+		if _, err := c.MachineStatus(ctx, "a"); !errors.Is(err, ErrNotFound) {
+			t.Errorf("--state-dir: found from without: %v", err)
+		}
+		if m, err := there.MachineStatus(ctx, "a"); err != nil || m.State != "created" {
+			t.Errorf("--state-dir: %+v, %v", m, err)
+		}
+		if d, err := there.MachineDataDir(ctx, "a"); err != nil || !strings.HasPrefix(d, there.StateDir) {
+			t.Errorf("--state-dir: data-dir %q, %v", d, err)
+		}
+		if err := errors.Join(there.MachineDelete(ctx, "a"), c.MachineDelete(ctx, "b")); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
-var createdAt = regexp.MustCompile(`"created_at": \d+`)
-
-// normal removes what depends on the time, and a note that delete prints only if
-// something was ever started.
-func normal(s string) string {
-	if first, rest, ok := strings.Cut(s, "\n"); ok && strings.HasPrefix(first, "Cleaning up data directory") {
-		s = rest
+// A release that lacks flags and that nobody has seen: the old one, taken for a
+// new one.
+func TestRealUnknownNewerVersion(t *testing.T) {
+	c := real(t, "1.9.1")
+	c.Version = Version{9, 0, 0}
+	ctx := t.Context()
+	if err := c.MachineCreate(ctx, "a", CreateSpec{CPUs: 1, MemMiB: 256, Labels: []Label{{"owner", "bottle"}}, Sockets: []Socket{{"/run/a.sock", "/run/b.sock"}}}); err != nil {
+		t.Errorf("without --error-format: %v", err)
 	}
-	return createdAt.ReplaceAllString(s, `"created_at": 0`)
+	if m, err := c.MachineStatus(ctx, "a"); err != nil || m.State != "created" {
+		t.Errorf("%+v, %v", m, err)
+	}
+	if _, err := c.MachineExec(ctx, "a", ExecOptions{}, "true"); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("exec: %v", err)
+	}
+	if err := c.MachineDelete(ctx, "a"); err != nil {
+		t.Error(err)
+	}
+	if err := c.MachineDelete(ctx, "a"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("second delete: %v", err)
+	}
+	c.StateDir = t.TempDir()
+	if _, err := c.MachineLs(ctx); !errors.Is(err, ErrUsage) || !strings.Contains(err.Error(), "is smolvm 9.0.0, which does not know --state-dir") {
+		t.Errorf("a flag that is gone: %v", err)
+	}
+	_, err := c.MachineExec(ctx, "a", ExecOptions{User: "1000"}, "id")
+	if !errors.Is(err, ErrUsage) {
+		t.Errorf("exec: %v", err)
+	}
 }
 
 // On a host where no guest can run, start fails in time, says why, and delete
