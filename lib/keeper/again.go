@@ -131,7 +131,7 @@ func (k *keeper) prepareAgain() (func(context.Context, *engine.Spec) (*engine.St
 		return nil, fault.New(fault.Bug, "bug", "engine %s cannot boot a guest again", k.eng.Name())
 	}
 	k.dropSockets()
-	for _, name := range []string{"pipelock", "mitmdump"} {
+	for _, name := range []string{"pipelock", "mitmdump", "empty-file", "empty-dir"} {
 		if err := state.RemoveAll(filepath.Join(k.bottle.Dir, name)); err != nil {
 			return nil, fault.New(fault.IO, "remove_failed", "%w", err)
 		}

@@ -211,6 +211,13 @@ func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	boot := k.eng.Start
+	if k.cfg.Again {
+		var err error
+		if boot, err = k.prepareAgain(); err != nil {
+			return nil, err
+		}
+	}
 	if err := k.makeCA(); err != nil {
 		return nil, err
 	}
@@ -219,12 +226,6 @@ func (k *keeper) start(ctx context.Context) (*engine.Started, error) {
 		return nil, err
 	}
 	defer spec.Log.Close()
-	boot := k.eng.Start
-	if k.cfg.Again {
-		if boot, err = k.prepareAgain(); err != nil {
-			return nil, err
-		}
-	}
 	if err := k.eng.Prepare(ctx, spec); err != nil {
 		return nil, err
 	}

@@ -215,8 +215,7 @@ func TestLife(t *testing.T) {
 
 // terminal: a guest has a terminal in the size of ours, and hears of another one.
 func (w *world) terminal(t *testing.T, id string) {
-	cmd := exec.Command("bottle-vm", "exec", "-t", id, "--", "sh", "-c", "tty; stty size; read x; stty size; echo got $x; exit 7")
-	cmd.Path, _ = exec.LookPath(filepath.Join(os.Getenv("BOTTLE_RIG_JOB"), "bin", "bottle-vm"))
+	cmd := exec.Command(filepath.Join(inRig(t), "bin", "bottle-vm"), "exec", "-t", id, "--", "sh", "-c", "tty; stty size; read x; stty size; echo got $x; exit 7")
 	cmd.Dir, cmd.Env = w.dir, w.env
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: w.cred}
 	term, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 33, Cols: 99})

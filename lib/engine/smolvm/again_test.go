@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -34,6 +35,7 @@ func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func(
 		start, ready,
 		answer(0, statusJSON(s.ID, "running", first.Process.Pid), "", status...),
 		answer(0, statusJSON(s.ID, "running", first.Process.Pid), "", status...),
+		answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "sync"),
 		answer(0, "Stopped machine: x\n", "", "machine", "stop", "--name", s.ID),
 		answer(0, statusJSON(s.ID, "stopped", 0), "", status...),
 		start,
@@ -50,8 +52,13 @@ func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func(
 	if err := os.WriteFile(filepath.Join(rootfsDir(s.Dir), "bin/new"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	_ = first.Process.Kill()
-	_ = first.Wait() // as smolvm ends it
+	go func() { // as smolvm ends it
+		for !strings.Contains(f.Calls(t), `"sync"`) {
+			time.Sleep(time.Millisecond)
+		}
+		_ = first.Process.Kill()
+		_ = first.Wait()
+	}()
 	if err := e.Stop(t.Context(), refOf(s)); err != nil {
 		t.Fatalf("%v\n%s", err, f.Calls(t))
 	}
@@ -89,7 +96,7 @@ func TestRestart(t *testing.T) {
 	if err := restart(); err != nil {
 		t.Fatalf("%v\n%s", err, calls())
 	}
-	if got := calls(); strings.Count(got, `"create"`) != 1 || strings.Contains(got, `"delete"`) || strings.Count(got, `"start"`) != 2 {
+	if got := calls(); strings.Count(got, `"create"`) != 1 || strings.Index(got, `"sync"`) > strings.Index(got, `"stop"`) || strings.Contains(got, `"delete"`) || strings.Count(got, `"start"`) != 2 {
 		t.Errorf("calls:\n%s", got)
 	}
 }

@@ -57,6 +57,8 @@ func (r Runner) Main(args []string, stdout, stderr io.Writer) (status int, ok bo
 		status, err = await(args[1], args[2], awaitLimit)
 	case len(args) > 1 && args[0] == "inodes":
 		err = inodes(args[1:], stdout)
+	case len(args) == 1 && args[0] == "sync":
+		unix.Sync() // to the disks, before the guest is ended
 	case len(args) == 3 && args[0] == "signal":
 		err = r.signal(args[1], args[2])
 	default:

@@ -49,6 +49,9 @@ func TestBadRequests(t *testing.T) {
 			t.Errorf("%q was taken", args)
 		}
 	}
+	if status, ok := r.Main([]string{"sync"}, io.Discard, io.Discard); status != 0 || !ok {
+		t.Errorf("sync: %d, %v", status, ok)
+	}
 	// Too late, or too early, for a signal.
 	if status, ok := r.Main([]string{"signal", marker, "15"}, io.Discard, io.Discard); status != 0 || !ok {
 		t.Errorf("signal to nothing: %d", status)
