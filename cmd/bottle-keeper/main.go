@@ -15,6 +15,9 @@ import (
 )
 
 func main() {
+	if status, ok := keeper.InMounts(os.Args[1:]); ok {
+		os.Exit(status)
+	}
 	tool.Main("bottle-keeper", func(ctx context.Context, p *tool.Proc) int {
 		if slices.ContainsFunc(p.Args, func(a string) bool { return a == "-h" || a == "--help" }) {
 			fmt.Fprintln(p.Stdout, "bottle-keeper: the host process of one bottle\n\n"+

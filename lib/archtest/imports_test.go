@@ -70,6 +70,7 @@ var runners = map[string]string{
 	"lib/engine/smolvm/runner": "smolvm's boot helper",
 	"lib/gateproc":             "bottle-egress, as a bottle's gate",
 	"lib/keeper":               "bottle-keeper",
+	"lib/mountns":              "bottle-keeper itself, among mounts",
 	"lib/pipelock":             "pipelock",
 	"lib/probe":                "the sandbox under test, the host's git over what it left, and bottle-probe in its roles",
 	"lib/runsc":                "runsc",

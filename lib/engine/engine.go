@@ -77,9 +77,20 @@ type Spec struct {
 	GateSocket string   // Socket transport: host path
 	Log        *os.File // engine's own log and the guest helper's stderr
 
+	// Warm asks for a copy of a prepared guest instead of a new one; nil does not.
+	// An engine that has none, or none that is faster, refuses (78).
+	Warm *Warm
+
 	// Record is called with each process the engine has started, before the
 	// next is started, so that a killed keeper leaves nothing unnamed.
 	Record func(role string, pid int) error
+}
+
+// Warm is what a prepared guest is found by. It is made where there is none.
+type Warm struct {
+	Dir   string // folder of prepared guests, in the user's state folder; may not be there yet
+	Image string // digest of the image
+	Exe   string // a program of ours that serves mountns.Main
 }
 
 // Shown is what of the host a guest was given. The keeper notes it in the
@@ -149,6 +160,7 @@ type Ref struct {
 // Started is what is known once the guest is up.
 type Started struct {
 	Enforcement plan.Enforcement
+	Warm        string // what it is a copy of; "" where it was booted
 	// Wait blocks until the guest has ended, whatever ended it.
 	Wait func(context.Context) error
 }

@@ -152,3 +152,17 @@ func printable(s string) string {
 	}
 	return s
 }
+
+// Adoption turns a parked guest, a copy of one that others are copies of too,
+// into one bottle's own. It goes to "guest adopt" on stdin, after the copy was
+// given its own Config.
+type Adoption struct {
+	Hostname  string `json:"hostname"`
+	UnixNano  int64  `json:"unix_nano"`  // the copy's clock stood still
+	Seed      []byte `json:"seed"`       // SeedSize bytes: copies have one another's random numbers
+	MachineID string `json:"machine_id"` // 32 hex digits
+	BootID    string `json:"boot_id"`    // a UUID
+}
+
+// SeedSize is what the guest kernel's random numbers are begun anew with.
+const SeedSize = 64

@@ -48,6 +48,9 @@ type Config struct {
 	HostUID   int           `json:"host_uid"`
 	HostGID   int           `json:"host_gid"`
 
+	Warm  bool   `json:"warm"`  // from a prepared guest
+	Image string `json:"image"` // digest of the image that Rootfs is
+
 	EgressExe string `json:"egress_exe"`
 	GuestExe  string `json:"guest_exe"`
 

@@ -314,6 +314,14 @@ func (k *keeper) spec() (*engine.Spec, error) {
 		HostUID: k.cfg.HostUID, HostGID: k.cfg.HostGID,
 		Log: log, Record: k.record,
 	}
+	if k.cfg.Warm {
+		exe, err := os.Executable()
+		if err != nil {
+			log.Close()
+			return nil, fault.New(fault.Host, "no_self", "this host does not tell a program's own path: %w", err)
+		}
+		s.Warm = &engine.Warm{Dir: k.root.Warm(), Image: k.cfg.Image, Exe: exe}
+	}
 	s.Env = k.plan.Environ()
 	guard, err := newGuard(k)
 	if err != nil {
@@ -425,6 +433,7 @@ func (k *keeper) finish(s *engine.Started) error {
 		Sidecar:     k.aside.ref(),
 		Enforcement: s.Enforcement,
 		Signed:      k.cfg.Signed,
+		Warm:        s.Warm,
 		StartedAt:   k.now().UTC().Format(time.RFC3339),
 	}
 	for _, c := range k.rec.Processes {

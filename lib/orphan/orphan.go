@@ -30,6 +30,7 @@ const (
 	Socket  = "socket"  // a runtime folder
 	Folder  = "folder"  // a bottle's state folder
 	Cache   = "cache"   // an unfinished entry of the image cache
+	Base    = "base"    // a prepared machine that bottles are copied from
 )
 
 // Orphan is one line of bottle-gc.
@@ -56,7 +57,9 @@ type Facts struct {
 	Bottles  []Bottle
 	RunDirs  []RunDir
 	Machines []VM
-	Cache    []string // folders that dead packers left
+	Bases    []Prepared
+	BaseLife time.Duration // how long one is kept that nobody uses
+	Cache    []string      // folders that dead packers left
 	Packers  []Packer
 }
 
@@ -117,6 +120,19 @@ type VM struct {
 	Maker   *plan.Process // of a machine for a boot check, which has no bottle: who waits for it
 }
 
+// Prepared is a machine that bottles are copied from, one folder of the registry.
+type Prepared struct {
+	Name    string // of the machine; "" without a record
+	Dir     string
+	UID     int
+	Inode   uint64
+	Changed time.Time
+	Locked  bool // somebody makes, copies or removes it
+	Alive   bool // its monitor runs
+	UsedAt  time.Time
+	Copies  []string // vm.ids of the bottles that are copies of it
+}
+
 // Decide gives the orphans, by bottle, in the order of their removal.
 func Decide(f Facts) []Orphan {
 	var all []Orphan
@@ -127,7 +143,19 @@ func Decide(f Facts) []Orphan {
 		claimed[shortID(b.ID)] = true
 		all = append(all, f.bottle(b)...)
 	}
+	for _, b := range f.Bases {
+		known[b.Name] = true
+		claimed[runName(b.Name)] = true
+		if why := f.unused(b); why != "" {
+			all = append(all, Orphan{Kind: Base, ID: b.Name, Path: b.Dir, Action: "remove",
+				Evidence: []string{why, f.changed(b.Changed, b.Inode)}})
+		}
+	}
 	for _, m := range f.Machines {
+		if strings.HasPrefix(m.Name, BasePrefix) && !known[m.Name] && !f.elsewhere(m) {
+			all = append(all, Orphan{Kind: Machine, ID: m.Name, Action: "delete",
+				Evidence: []string{"carries our label and no prepared machine of this name is known", "state " + m.State}})
+		}
 		if _, ours := plan.SplitVMID(m.Name); !ours || known[m.Name] || f.elsewhere(m) {
 			continue
 		}
@@ -174,8 +202,34 @@ func Decide(f Facts) []Orphan {
 // of the same user holds: they share the place for sockets.
 func (f Facts) elsewhere(m VM) bool {
 	return f.young(m.Created) || slices.ContainsFunc(f.RunDirs, func(d RunDir) bool {
-		return filepath.Base(d.Path) == shortID(m.Name) && (d.InUse || f.young(d.Changed))
+		return filepath.Base(d.Path) == runName(m.Name) && (d.InUse || f.young(d.Changed))
 	})
+}
+
+// unused says why a prepared machine is an orphan, or "".
+func (f Facts) unused(b Prepared) string {
+	switch {
+	case b.UID != f.UID || b.Locked || len(b.Copies) > 0 || f.young(b.Changed):
+		return ""
+	case b.Name == "":
+		return "it has no record that can be read: what made it died before it could write one"
+	case !b.Alive:
+		return "the machine's monitor is dead"
+	case f.Now.Sub(b.UsedAt) >= f.BaseLife:
+		return "no bottle is a copy of it, and none was made since " + b.UsedAt.UTC().Format(time.RFC3339)
+	}
+	return ""
+}
+
+// BasePrefix is what the names of prepared machines begin with.
+const BasePrefix = "bottle-warm-"
+
+// runName is the name of a machine's folder in the runtime folder.
+func runName(machine string) string {
+	if key, ok := strings.CutPrefix(machine, BasePrefix); ok {
+		return "w" + key
+	}
+	return shortID(machine)
 }
 
 func shortID(id string) string { return id[strings.LastIndexByte(id, '-')+1:] }

@@ -162,3 +162,48 @@ func TestOrder(t *testing.T) {
 		t.Errorf("%q", kinds)
 	}
 }
+
+// A prepared machine is kept while it is used, and for a while after.
+func TestPreparedMachines(t *testing.T) {
+	for _, tc := range []struct {
+		name     string
+		change   func(*Facts, *Prepared)
+		want     string
+		evidence string
+	}{
+		{"in use", func(f *Facts, b *Prepared) {}, "", ""},
+		{"used an hour ago", func(f *Facts, b *Prepared) { b.Copies = nil }, "", ""},
+		{"used a day ago", func(f *Facts, b *Prepared) { b.Copies, b.UsedAt = nil, now.Add(-25*time.Hour) }, "base", "none was made since 2026-01-01T02:04:05Z"},
+		{"old and in use", func(f *Facts, b *Prepared) { b.UsedAt = now.Add(-25 * time.Hour) }, "", ""},
+		{"old and locked", func(f *Facts, b *Prepared) { b.Copies, b.UsedAt, b.Locked = nil, now.Add(-25*time.Hour), true }, "", ""},
+		{"dead", func(f *Facts, b *Prepared) { b.Copies, b.Alive = nil, false }, "base", "monitor is dead"},
+		{"dead, being made", func(f *Facts, b *Prepared) { b.Copies, b.Alive, b.Locked = nil, false, true }, "", ""},
+		{"dead and young", func(f *Facts, b *Prepared) { b.Copies, b.Alive, b.Changed = nil, false, now }, "", ""},
+		{"no record", func(f *Facts, b *Prepared) { b.Copies, b.Name = nil, "" }, "base socket machine", "no record"},
+		{"another user's", func(f *Facts, b *Prepared) { b.Copies, b.Alive, b.UID = nil, false, 7 }, "", ""},
+		{"its machine without it", func(f *Facts, b *Prepared) { f.Bases = nil; f.RunDirs = nil }, "machine", "no prepared machine"},
+		{"another state folder's", func(f *Facts, b *Prepared) { f.Bases = nil; f.RunDirs[0].InUse = true }, "", ""},
+	} {
+		f := Facts{Now: now, MinAge: time.Minute, UID: 1000, BootID: boot, BaseLife: 24 * time.Hour,
+			Bases: []Prepared{{Name: BasePrefix + "0123456789ab", Dir: "/s/warm/0123456789ab", UID: 1000, Alive: true,
+				Changed: now.Add(-time.Hour), UsedAt: now.Add(-time.Hour), Copies: []string{"dev-0123abcd"}}},
+			Machines: []VM{{Name: BasePrefix + "0123456789ab", State: "running"}},
+			RunDirs:  []RunDir{{Path: "/r/w0123456789ab", UID: 1000, Changed: now.Add(-time.Hour)}},
+		}
+		tc.change(&f, firstOf(&f))
+		var kinds []string
+		evidence := ""
+		for _, o := range Decide(f) {
+			kinds = append(kinds, o.Kind)
+			evidence += strings.Join(o.Evidence, "; ")
+		}
+		slices.Sort(kinds)
+		want := strings.Fields(tc.want)
+		slices.Sort(want)
+		if !slices.Equal(kinds, want) || !strings.Contains(evidence, tc.evidence) {
+			t.Errorf("%s: %v (%s), want %v (%s)", tc.name, kinds, evidence, want, tc.evidence)
+		}
+	}
+}
+
+func firstOf(f *Facts) *Prepared { return &f.Bases[0] }

@@ -234,6 +234,7 @@ type VM struct {
 	Sidecar     *SidecarRef `json:"sidecar,omitempty"`
 	Enforcement Enforcement `json:"enforcement"`
 	Signed      []Signer    `json:"signed,omitempty"` // whose signatures were asked for and found good
+	Warm        string      `json:"warm,omitempty"`   // the prepared machine that it is a copy of
 	StartedAt   string      `json:"started_at"`       // RFC 3339, UTC
 }
 

@@ -69,6 +69,8 @@ func applyOne(ctx context.Context, root *state.Root, o orphan.Orphan, now time.T
 		return src.SweepCache()
 	case packer(o):
 		return src.EndPacker(ctx, orphan.Packer{Process: *o.Process, Dir: o.Path})
+	case o.Kind == orphan.Base:
+		return src.RemoveBase(ctx, o.Path)
 	case o.ID == "":
 		return removeSockets(root, o.Path)
 	case o.Kind == orphan.Machine && o.Process == nil:

@@ -25,6 +25,12 @@ type Sources struct {
 	// another machine by now, is success).
 	Machines      func(ctx context.Context) ([]orphan.VM, error)
 	DeleteMachine func(ctx context.Context, name string) error
+	// Bases lists the prepared machines whose folders are in dir, with the bottles
+	// that are copies of each; one that is used for life is not kept by age.
+	// RemoveBase removes the one in a folder, unless it is in use.
+	Bases      func(dir string, bottles []*state.Bottle) ([]orphan.Prepared, error)
+	BaseLife   time.Duration
+	RemoveBase func(ctx context.Context, dir string) error
 	// StaleCache names what dead packers left in the image cache, SweepCache
 	// removes all of that.
 	StaleCache func() ([]string, error)
@@ -55,6 +61,11 @@ func Collect(ctx context.Context, root *state.Root, now time.Time, minAge time.D
 				see(&f, *m.Maker)
 			}
 		}
+	}
+	if src.Bases != nil {
+		f.BaseLife = src.BaseLife
+		f.Bases, err = src.Bases(root.Warm(), bottles)
+		errs = append(errs, err)
 	}
 	if src.StaleCache != nil {
 		f.Cache, err = src.StaleCache()
@@ -186,10 +197,17 @@ func runDirs(root *state.Root) ([]orphan.RunDir, error) {
 		}
 		d := orphan.RunDir{Path: filepath.Join(root.RunDir, e.Name()), Changed: fi.ModTime()}
 		d.UID, d.Inode = ownerInode(fi)
-		d.InUse = answered(d.Path)
+		d.InUse = answered(d.Path) || prepared(d.Path)
 		all = append(all, d)
 	}
 	return all, nil
+}
+
+// prepared tells whether dir is that of a prepared machine in some state folder.
+func prepared(dir string) bool {
+	base := filepath.Join(dir, "base")
+	fi, err := os.Lstat(base)
+	return err == nil && fi.Mode()&fs.ModeSymlink != 0 && isDir(base+"/.")
 }
 
 // answered tells whether a process listens on a socket below dir.

@@ -48,7 +48,11 @@ type Client struct {
 	BootTimeout time.Duration
 	// OnStart is called with the process of each call, if it is not nil.
 	OnStart func(pid int)
+	launch  Launch
 }
+
+// Launch may change how the program is started; nil leaves it.
+type Launch func(*exec.Cmd) error
 
 // Result is what a call printed.
 type Result struct {
@@ -153,7 +157,16 @@ func (c *Client) runWith(ctx context.Context, op string, limit time.Duration, ma
 	errs := &limited{max: maxOut, over: cancel}
 	cmd.Stdout, cmd.Stderr = out, errs
 
-	err := cmd.Start()
+	var err error
+	if c.launch != nil {
+		err = c.launch(cmd)
+		for _, f := range cmd.ExtraFiles {
+			defer f.Close()
+		}
+	}
+	if err == nil {
+		err = cmd.Start()
+	}
 	if err == nil {
 		if c.OnStart != nil {
 			c.OnStart(cmd.Process.Pid)

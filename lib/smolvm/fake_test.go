@@ -91,6 +91,8 @@ func TestArgvShapeOfEverySubcommand(t *testing.T) {
 		{"start seed", seed, "", func(c *Client) error { return c.MachineStart(ctx, "a") }, "machine start --name a"},
 		{"start", flag, "", func(c *Client) error { return c.MachineStart(ctx, "a") }, "machine start --name a"},
 		{"start newest", newest, "", func(c *Client) error { return c.MachineStart(ctx, "a") }, "machine start --name a --error-format json"},
+		{"start forkable", flag, "", func(c *Client) error { return c.MachineStartForkable(ctx, "a") }, "machine start --name a --forkable"},
+		{"start forkable newest", newest, "", func(c *Client) error { return c.MachineStartForkable(ctx, "a") }, "machine start --name a --forkable --error-format json"},
 		{"stop", flag, "", func(c *Client) error { return c.MachineStop(ctx, "a") }, "machine stop --name a"},
 		{"ls", newest, "[]", func(c *Client) error { _, err := c.MachineLs(ctx); return err }, "machine ls --json"},
 		{"status", flag, `{"name":"a"}`, func(c *Client) error { _, err := c.MachineStatus(ctx, "a"); return err }, "machine status --name a --json"},

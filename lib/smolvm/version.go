@@ -23,6 +23,7 @@ var (
 	SinceSockets     = Version{1, 7, 5}  // mounted sockets that do not hang (fix 837)
 	SinceContainers  = Version{1, 8, 0}  // mounted sockets that reach an image's container (fix 867)
 	sinceLabel       = Version{1, 8, 0}  // --label
+	SinceFork        = Version{1, 9, 1}  // copies that keep their container (fix 1009), more than one of a machine (888)
 	sinceUser        = Version{1, 15, 0} // exec --user
 	sinceCredential  = Version{1, 25, 2} // --credential
 	sinceErrorFormat = Version{1, 28, 1} // --error-format json

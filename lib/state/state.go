@@ -9,6 +9,7 @@
 //	                    …                   logs, skeleton, engine state
 //	    homes/<agent>-<8 hex>/              home: keep
 //	    aside/<vm.id>/…                     what was set aside from a .git
+//	    warm/<key>/                         prepared machines (engine smolvm)
 //	    trust.json                          digests of trusted manifests
 //	$XDG_RUNTIME_DIR/bottle/<8 hex>/        sockets (default /tmp/bottle-<uid>)
 //
@@ -144,6 +145,9 @@ type Bottle struct {
 }
 
 func (r *Root) bottles() string { return filepath.Join(r.Dir, "bottles") }
+
+// Warm is the folder of prepared machines; it need not exist.
+func (r *Root) Warm() string { return filepath.Join(r.Dir, "warm") }
 
 // Bottle names a bottle's folder; it need not exist.
 func (r *Root) Bottle(id string) *Bottle {

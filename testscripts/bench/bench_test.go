@@ -49,6 +49,8 @@ func TestVerdicts(t *testing.T) {
 		{"adds too much", thirty, ten, addsAtMost("", 19), missed},
 		{"ratio", ten, thirty, ratioAtMost("", 0.5), met},
 		{"ratio over", thirty, ten, ratioAtMost("", 2), missed},
+		{"ratio at least", thirty, ten, ratioAtLeast("", 3), met},
+		{"ratio under", thirty, ten, ratioAtLeast("", 3.1), missed},
 		{"nothing measured", nil, ten, ratioAtMost("", 2), failed},
 		{"no target", ten, nil, nil, info},
 	} {

@@ -38,6 +38,7 @@ type section struct {
 var sections = []section{
 	{"stages", (*bench).stages},
 	{"start", (*bench).start},
+	{"warm", (*bench).warm},
 	{"run", (*bench).wholeRun},
 	{"fleet", (*bench).fleetOf},
 	{"allowlist", (*bench).allowlist},

@@ -104,6 +104,10 @@ func ratioAtMost(text string, most float64) *limit {
 	return &limit{text, most, func(o, b *stat) float64 { return o.Median / b.Median }, false}
 }
 
+func ratioAtLeast(text string, least float64) *limit {
+	return &limit{text, least, func(o, b *stat) float64 { return o.Median / b.Median }, true}
+}
+
 // newRow judges a sample. beside may be empty.
 func newRow(name, unit string, ours []float64, against string, beside []float64, l *limit) row {
 	r := row{Kind: "row", Name: name, Unit: unit, Ours: summary(ours), Against: against, Beside: summary(beside)}

@@ -19,7 +19,8 @@ import (
 
 const longHelp = `An orphan is what belongs to a bottle whose keeper is dead or whose owner is
 gone, or to no bottle at all: machines, sandboxes, processes, sockets, folders,
-unfinished cache entries. A live bottle, a bottle being born and what belongs
+unfinished cache entries, prepared machines (bottle-vm up --warm) that are dead
+or were not used for a day. A live bottle, a bottle being born and what belongs
 to another user are never touched, and neither is what was set aside from a
 workspace.
 

@@ -34,6 +34,7 @@ type upFlags struct {
 	expect           tool.List
 	owner            int
 	printID          bool
+	warm             bool
 	audit            audit.Bounds
 }
 
@@ -45,6 +46,7 @@ func (v *vm) upCommand() *tool.Command {
 	fs.StringVar(&f.cache, "cache", "", "image cache `FOLDER`")
 	fs.IntVar(&f.owner, "owner", 0, "remove the bottle when process `PID` is gone")
 	fs.BoolVar(&f.printID, "print-id", false, "print the ids of the bottles instead of their documents")
+	fs.BoolVar(&f.warm, "warm", false, "start a copy of a prepared machine, which the first such start prepares (engine smolvm)")
 	fs.Var(&f.signers, "require-signed", "start only what somebody has signed whom `FILE` allows (ssh-keygen(1), ALLOWED SIGNERS)")
 	fs.Var(&f.revoked, "revoked", "keys that do not count any more: a `FILE` with a KRL, or public keys")
 	fs.Var(&f.expect, "expect", "start only the plan with this `DIGEST`, as bottle-plan --hash prints it; may be repeated")
@@ -64,6 +66,11 @@ With --require-signed, a signature in the document (bottle-plan sign) or in the
 file beside the manifest (bottle.json.sig) has to be about exactly this plan and
 made by a key that FILE allows; anything else is refused (77) before something
 is started. FILE has to lie where no bottle and no checkout comes.
+
+With --warm the bottle is a copy of a machine that has booted the same image and
+waits; the first such start prepares it, and bottle-gc removes it when it was
+not used for a day. A bottle that cannot be started so, or not faster, is
+refused (78). docs/warm.md tells what a copy shares.
 
   bottle-plan claude | bottle-vm up | jq -r .vm.id
   bottle-plan claude | bottle-vm up --require-signed ~/.config/bottle/allowed_signers`,
@@ -343,7 +350,7 @@ func (s *starter) pack(ctx context.Context) error {
 	if got.Smolfile, err = smolfile.Section(s.bottle); err != nil {
 		return err
 	}
-	s.cfg.Rootfs = rootfs
+	s.cfg.Rootfs, s.cfg.Image, s.cfg.Warm = rootfs, got.Digest, s.flags.warm
 	if rootfs != "" {
 		if s.packs, err = image.Derived(opts.CacheDir, got.Digest); err != nil {
 			return err

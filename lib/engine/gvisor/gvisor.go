@@ -119,6 +119,10 @@ func userNamespaces(readFile func(string) ([]byte, error), euid int) error {
 
 // Prepare refuses what this engine cannot hold here.
 func (e *Engine) Prepare(ctx context.Context, s *engine.Spec) error {
+	if s.Warm != nil {
+		return fault.New(fault.Host, "warm_slower", "engine gvisor: a guest that is restored was measured to start more slowly than a new one").
+			WithHint("leave --warm out; make bench measures both on this host (section warm)")
+	}
 	if err := e.Available(ctx); err != nil {
 		return err
 	}

@@ -4,6 +4,7 @@ package gvisor
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io/fs"
 	"os"
@@ -300,5 +301,14 @@ func TestCopyLogIsBoundedAndPrintable(t *testing.T) {
 	copyLog(&out, strings.NewReader("a\x1b[2Jb\n"+strings.Repeat("x", 2*maxLog)))
 	if out.Len() != maxLog || !strings.HasPrefix(out.String(), "a?[2Jb\n") {
 		t.Errorf("%d bytes, %q", out.Len(), out.String()[:10])
+	}
+}
+
+// A warm start was measured to be slower here, and is not offered: with or
+// without a runsc.
+func TestWarmIsRefused(t *testing.T) {
+	err := New(func(string) string { return "" }, "").Prepare(context.Background(), &engine.Spec{Warm: &engine.Warm{}})
+	if f := fault.As(err); f == nil || f.Exit != fault.Host || f.Code != "warm_slower" || f.Hint == "" {
+		t.Errorf("got %v", err)
 	}
 }

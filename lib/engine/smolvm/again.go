@@ -120,6 +120,11 @@ func restartable(ctx context.Context, c *smolvm.Client, s *engine.Spec, vs []smo
 		return fault.New(fault.IO, "smolvm_record", "what machine %s was created with cannot be read: %w", s.ID, err).
 			WithHint("remove the bottle with bottle-vm down, and start a new one")
 	}
+	if rec.Base != "" {
+		// smolvm would show it the places of the machine that it is a copy of.
+		return refuse("warm_again", "", "remove it with bottle-vm down and start a new one; leave --warm out for one that can be started again",
+			"%s is a copy of %s, and cannot be started again", s.ID, rec.Base)
+	}
 	if now := shownBy(vs, s.GateSocket); !slices.Equal(rec.Shown, now) {
 		was, is := differences(rec.Shown, now), differences(now, rec.Shown)
 		return refuse("smolvm_changed", "", "put it back, or remove the bottle with bottle-vm down and start a new one",

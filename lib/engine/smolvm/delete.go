@@ -2,7 +2,6 @@ package smolvm
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -87,10 +86,8 @@ func notedDir(id, dir string) []string {
 	if dir == "" {
 		return nil
 	}
-	var rec machineRecord
-	if b, err := os.ReadFile(machineFile(dir)); err == nil && json.Unmarshal(b, &rec) == nil &&
-		rec.Name == id && filepath.IsAbs(rec.DataDir) && filepath.Dir(rec.DataDir) != "/" {
-		return []string{rec.DataDir}
+	if d := readRecord(dir, id).DataDir; filepath.IsAbs(d) && filepath.Dir(d) != "/" {
+		return []string{d}
 	}
 	return nil
 }
@@ -118,12 +115,16 @@ func killCalls(ctx context.Context, id string) error {
 	return join(errs...)
 }
 
-// callFor tells whether pid is "smolvm machine create|start --name ID …". An id
-// is random, so nobody else's is.
+// callFor tells whether pid is "smolvm machine create|start --name ID …" or
+// "smolvm machine fork --golden BASE --name ID …". An id is random, so nobody
+// else's is.
 func callFor(pid int, id string) bool {
 	argv := argvOf(pid)
 	if len(argv) > 1 && argv[1] != "machine" {
 		argv = argv[1:] // a script, behind its interpreter
+	}
+	if len(argv) > 6 && argv[1] == "machine" && argv[2] == "fork" && argv[3] == "--golden" {
+		argv = append([]string{argv[0], "machine", "start"}, argv[5:]...)
 	}
 	return len(argv) > 4 && argv[1] == "machine" && (argv[2] == "create" || argv[2] == "start") &&
 		argv[3] == "--name" && argv[4] == id && ownProcess(pid)

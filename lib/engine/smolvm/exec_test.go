@@ -23,6 +23,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/engine/smolvm/runner"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/mountns"
 	"github.com/bottle-tools/bottle/lib/smolvm"
 	"github.com/bottle-tools/bottle/lib/smolvm/smolvmtest"
 	"github.com/bottle-tools/bottle/lib/tarfs"
@@ -32,6 +33,9 @@ import (
 // with BOTTLE_TEST_GUEST set, a smolvm without a guest that runs what exec asks
 // for on this machine, through the real runner.
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == mountns.Verb {
+		os.Exit(mountns.Main(os.Args[2:], os.Stderr))
+	}
 	switch filepath.Base(os.Args[0]) {
 	case "smolvm":
 		if dir := os.Getenv("BOTTLE_TEST_GUEST"); dir != "" {

@@ -28,8 +28,15 @@ func (e *Engine) Prepare(ctx context.Context, s *engine.Spec) error {
 	if fi, err := os.Stat(s.GuestHelper); err != nil || !fi.Mode().IsRegular() {
 		return fault.New(fault.Unavailable, "helper_missing", "the guest helper %s is missing", s.GuestHelper).WithHint("run make")
 	}
-	_, err := volumes(s)
-	return err
+	vs, err := volumes(s)
+	if err != nil || s.Warm == nil {
+		return err
+	}
+	c, err := e.client(ctx)
+	if err != nil {
+		return err
+	}
+	return checkWarm(c, s, vs)
 }
 
 func checkSpec(s *engine.Spec, euid int) error {

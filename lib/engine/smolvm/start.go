@@ -62,6 +62,7 @@ type machineRecord struct {
 	DataDir string `json:"data_dir"` // smolvm's folder for this machine
 	// Shown are the folders and the socket that it was created with.
 	Shown []string `json:"shown"`
+	Base  string   `json:"base,omitempty"` // the prepared machine that it is a copy of
 }
 
 // shownBy lists what of the host a machine is given, and where that leads: the
@@ -88,7 +89,12 @@ func (e *Engine) Start(ctx context.Context, s *engine.Spec) (*engine.Started, er
 	if err != nil {
 		return nil, err
 	}
-	pid, err := e.bringUp(ctx, c, s)
+	pid, warm := 0, ""
+	if s.Warm != nil {
+		pid, warm, err = e.warmUp(ctx, c, s)
+	} else {
+		pid, err = e.bringUp(ctx, c, s)
+	}
 	if errors.Is(err, smolvm.ErrAlreadyExists) {
 		return nil, join(err, state.RemoveAll(ownDir(s.Dir))) // the machine is not this one
 	}
@@ -97,7 +103,9 @@ func (e *Engine) Start(ctx context.Context, s *engine.Spec) (*engine.Started, er
 		defer cancel()
 		return nil, join(err, e.Delete(clean, engine.Ref{ID: s.ID, Dir: s.Dir}))
 	}
-	return started(s, pid), nil
+	st := started(s, pid)
+	st.Warm = warm
+	return st, nil
 }
 
 func started(s *engine.Spec, pid int) *engine.Started {
@@ -169,14 +177,19 @@ func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec, pin
 		return 0, err
 	}
 	// All folders are mounted by now.
-	return m.PID, pins.mounted(m.PID, func(argv ...string) ([]byte, error) {
-		r, err := firstExec(ctx, c, s.ID, argv...)
+	return m.PID, pins.mounted(m.PID, telling(ctx, c, s.ID))
+}
+
+// telling runs a command in the guest for what it prints.
+func telling(ctx context.Context, c *smolvm.Client, id string) func(argv ...string) ([]byte, error) {
+	return func(argv ...string) ([]byte, error) {
+		r, err := firstExec(ctx, c, id, argv...)
 		if err == nil && r.Code != 0 {
 			err = fault.New(fault.Unavailable, "guest_failed", "the guest does not tell what it was given: status %d, %.200q", r.Code, r.Stderr).
 				WithHint("see what it said with: smolvm machine logs")
 		}
 		return r.Stdout, err
-	})
+	}
 }
 
 // copyImage gives the bottle an image of its own, unless it has a pack of it.
@@ -345,7 +358,30 @@ func remember(ctx context.Context, c *smolvm.Client, id, dir string, shown []str
 		// Its mode is about to be changed.
 		return dataDirFault(id, fmt.Errorf("%s is no folder of one machine", data))
 	}
-	b, err := json.Marshal(machineRecord{Name: id, DataDir: data, Shown: shown})
+	rec := readRecord(dir, id)
+	rec.DataDir, rec.Shown = data, shown
+	if err := rec.save(dir); err != nil {
+		return err
+	}
+	// smolvm makes it at the start, open to all, with the sockets in it: those
+	// would be open for as long as the guest boots.
+	if err := os.MkdirAll(data, 0o700); err != nil {
+		return dataDirFault(id, err)
+	}
+	return closeDataDirs(ctx, c, id, dir)
+}
+
+// readRecord gives an empty record where there is none of this machine.
+func readRecord(dir, id string) machineRecord {
+	var rec machineRecord
+	if b, err := os.ReadFile(machineFile(dir)); err != nil || json.Unmarshal(b, &rec) != nil || rec.Name != id {
+		return machineRecord{Name: id}
+	}
+	return rec
+}
+
+func (m machineRecord) save(dir string) error {
+	b, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
@@ -358,13 +394,12 @@ func remember(ctx context.Context, c *smolvm.Client, id, dir string, shown []str
 		return fault.New(fault.CantCreate, "cannot_create", "the machine's record: %w", err).
 			WithHint("look at the disk that holds %s", dir)
 	}
-	// smolvm makes it at the start, open to all, with the sockets in it: those
-	// would be open for as long as the guest boots.
-	if err := os.MkdirAll(data, 0o700); err != nil {
-		return dataDirFault(id, err)
-	}
-	return closeDataDirs(ctx, c, id, dir)
+	return nil
 }
+
+// BaseOf gives the prepared machine that the bottle with this state folder is a
+// copy of, "" if it is none.
+func BaseOf(dir, id string) string { return readRecord(dir, id).Base }
 
 func dataDirFault(id string, err error) error {
 	return fault.New(fault.IO, "smolvm_data_dir", "smolvm's folder of the machine cannot be closed to others: %w", err).
@@ -412,8 +447,12 @@ const bootTries = 4
 // more of what it reads in the host's memory. One that never said anything is not
 // tried again: where KVM cannot run a guest, it never is ready.
 func startPatiently(ctx context.Context, c *smolvm.Client, id, dir string) error {
+	return patiently(ctx, c, id, dir, c.MachineStart)
+}
+
+func patiently(ctx context.Context, c *smolvm.Client, id, dir string, start func(context.Context, string) error) error {
 	for try := 1; ; try++ {
-		err := c.MachineStart(ctx, id)
+		err := start(ctx, id)
 		late := errors.Is(err, smolvm.ErrNotReady) && try < bootTries && spoke(dataDirs(ctx, c, id, dir))
 		if !late && (!errors.Is(err, smolvm.ErrBootExited) || try > 1) {
 			return err

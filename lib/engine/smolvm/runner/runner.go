@@ -303,6 +303,12 @@ func (r Runner) signal(marker, number string) error {
 	return nil
 }
 
+// Await returns when the helper's relay listens at address and the keeper answers
+// on the gate's socket; else it gives a status to end with, and why.
+func Await(address, socket string) (status int, err error) {
+	return await(address, socket, awaitLimit)
+}
+
 // await dials the address until somebody listens there, and then the gate's
 // socket until the keeper answers on it.
 func await(address, socket string, limit time.Duration) (status int, err error) {
