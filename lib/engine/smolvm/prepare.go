@@ -36,7 +36,7 @@ func (e *Engine) Prepare(ctx context.Context, s *engine.Spec) error {
 	if err != nil {
 		return err
 	}
-	return checkWarm(c, s, vs)
+	return checkWarm(c, s, vs, os.Geteuid())
 }
 
 func checkSpec(s *engine.Spec, euid int) error {

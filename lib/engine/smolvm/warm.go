@@ -126,8 +126,12 @@ var notMeasured = smolvm.Version{1, 10, 0}
 const installMeasured = "set BOTTLE_SMOLVM to a 1.9.1 (bottle-vm doctor --install smolvm@1.9.1)"
 
 // checkWarm refuses what cannot be copied.
-func checkWarm(c *smolvm.Client, s *engine.Spec, vs []smolvm.Volume) error {
+func checkWarm(c *smolvm.Client, s *engine.Spec, vs []smolvm.Volume, euid int) error {
 	switch {
+	case euid != 0:
+		// Its monitor has to be in a user namespace then, from where it may not open
+		// the memory of the machine (krun_start_enter says EINVAL).
+		return refuse("warm_user", "", "leave --warm out", "only root can start a copy: a plain user's may not map the memory of the machine that it is a copy of")
 	case !mountsOfItsOwn:
 		return refuse("warm_host", "", "leave --warm out", "a warm start needs mount namespaces, which only Linux has")
 	case c.Version.Less(smolvm.SinceFork):
