@@ -58,6 +58,7 @@ func (e *Engine) Exec(ctx context.Context, r engine.Ref, q engine.ExecRequest) (
 	defer giveUp(nil)
 	stop := e.passSignals(ctx, c, r.ID, marker, q.Signals, func(err error) { giveUp(silent(r.ID, err)) })
 	defer stop()
+	defer watchBegin(ctx, c, r.ID, func(err error) { giveUp(silent(r.ID, err)) })()
 	defer func() {
 		// Ending smolvm's exec is not known to end the guest's command.
 		if ctx.Err() != nil && fault.As(context.Cause(ctx)).Code != silentCode {
@@ -147,6 +148,31 @@ func ran(ctx context.Context, c *smolvm.Client, id, marker string) (int, bool) {
 		return 0, false
 	}
 	return s.Status, true
+}
+
+// A command may take for ever, but not to begin: until the guest has answered
+// once beside it, it is asked, and given up after beginTries.
+var (
+	beginWatch = 30 * time.Second
+	beginTries = 4
+)
+
+func watchBegin(ctx context.Context, c *smolvm.Client, id string, lost func(error)) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for try := 1; sleep(ctx, beginWatch) == nil; try++ {
+			_, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: ranLimit}, engine.GuestHelper, "inodes", "/")
+			if err == nil {
+				return
+			}
+			if try == beginTries && ctx.Err() == nil {
+				lost(err)
+				return
+			}
+		}
+	})
+	return func() { cancel(); wg.Wait() }
 }
 
 // passSignals gives each signal to the command by a call of its own, in order.

@@ -62,6 +62,13 @@ func localSmolvm(dir string, args []string) int {
 	if i < 0 || args[1] != "exec" {
 		return 97
 	}
+	if _, err := os.Stat(filepath.Join(dir, "hangs")); err == nil {
+		if slices.Contains(args[i:], "run") {
+			time.Sleep(10 * time.Minute)
+		}
+		_, _ = os.Stderr.WriteString(notUp)
+		return 1
+	}
 	_, silent := os.Stat(filepath.Join(dir, "silent")) // to signals, for good
 	if down := filepath.Join(dir, "down"); os.Remove(down) == nil || silent == nil && slices.Contains(args[i:], "signal") {
 		_, _ = os.Stderr.WriteString(notUp)
@@ -296,6 +303,32 @@ func TestExecOfASilentGuest(t *testing.T) {
 	select {
 	case err := <-ended:
 		wantFault(t, err, fault.Unavailable, "guest_silent", "does not answer", "is not running", "bottle-vm down")
+	case <-time.After(time.Minute):
+		t.Error("it hangs")
+	}
+}
+
+// A smolvm that hangs before the command has begun is given up, though commands
+// have no time limit; one whose guest answers is not.
+func TestExecThatNeverBegins(t *testing.T) {
+	e, r, _ := local(t)
+	watch := beginWatch
+	beginWatch = 100 * time.Millisecond
+	defer func() { beginWatch = watch }()
+	if status, err := e.Exec(t.Context(), r, engine.ExecRequest{Argv: []string{"sleep", "2"}, Dir: "/"}); status != 0 || err != nil {
+		t.Errorf("a guest that answers: %d, %v", status, err)
+	}
+	if err := os.WriteFile(filepath.Join(r.Dir, "hangs"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := e.Exec(t.Context(), r, engine.ExecRequest{Argv: []string{"true"}, Dir: "/"})
+		ended <- err
+	}()
+	select {
+	case err := <-ended:
+		wantFault(t, err, fault.Unavailable, "guest_silent", "does not answer")
 	case <-time.After(time.Minute):
 		t.Error("it hangs")
 	}
