@@ -253,7 +253,10 @@ func TestUpKilled(t *testing.T) {
 				out := w.OK("bottle-vm ls")
 				for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
 					if line != "" && gjson.Get(line, "phase").Str == "ready" {
-						w.Down(gjson.Get(line, "id").Str)
+						// Its keeper may take it back at the same time.
+						if r := w.Do(nil, "bottle-vm", "down", gjson.Get(line, "id").Str); r.Code != 0 {
+							return fmt.Sprintf("killed after %s: down: %+v", d, r)
+						}
 						return "down"
 					}
 				}

@@ -18,15 +18,16 @@ import (
 
 // script is a smolvm that keeps machines as files beside itself, and does what
 // the file "act" there says, which a test writes. Its guest is a sleep that has
-// the workspace open, as a real monitor has.
+// the workspace open, as a real monitor has, and whose helper hears the keeper.
 const script = `#!/bin/sh
 d=${0%/*}; echo "$*" >>"$d/calls"
-name=; labels=; ws=; prev=
+name=; labels=; ws=; gate=; prev=
 for a; do
 	case "$prev" in
 	--name) name=$a ;;
 	--label) labels="$labels,\"${a%%=*}\":\"${a#*=}\"" ;;
-	-v) case "$a" in *:/workspace) ws=${a%:/workspace} ;; esac ;;
+	--mount-socket) gate=${a%%:*} ;;
+	-s) ws=$(grep -o '"[^"]*:/workspace"' "$a"); ws=${ws#?}; ws=${ws%:/workspace?} ;;
 	esac
 	[ "$a" = -- ] && break
 	prev=$a
@@ -38,11 +39,11 @@ verb=$2; [ "$1" = --version ] && verb=version
 . "$d/act"
 case "$verb" in
 version) echo smolvm 1.9.1 ;;
-create) mkdir -p "$d/m"; echo "$ws" >"$m.ws"; echo null >"$m.pid"; echo created >"$m.state"; date +%s >"$m.at"; echo "{${labels#,}}" >"$m" ;;
+create) mkdir -p "$d/m"; echo "$ws" >"$m.ws"; echo "$gate" >"$m.gate"; echo null >"$m.pid"; echo created >"$m.state"; date +%s >"$m.at"; echo "{${labels#,}}" >"$m" ;;
 data-dir) [ -f "$m" ] || notfound; echo "$d/vms/$name" ;;
 start)
 	[ -f "$m" ] || notfound
-	ws=$(cat "$m.ws"); [ -n "$ws" ] || ws=/
+	ws=$(cat "$m.ws"); [ -n "$ws" ] || ws=/ # a boot check has none
 	sleep 1000 3<"$ws" >/dev/null 2>&1 & echo $! >"$m.pid"; echo running >"$m.state" ;;
 ls|status)
 	[ $verb = status ] && { [ -f "$m" ] || notfound; set -- "$m"; } || { set -- "$d"/m/*-????????; echo '['; }
@@ -57,7 +58,11 @@ delete)
 	[ -f "$m" ] || notfound
 	pid=$(cat "$m.pid"); [ "$pid" = null ] || kill -9 "$pid"
 	rm -f "$m" "$m".*; rm -rf "$d/vms/$name" ;;
-exec) [ -f "$m" ] || notfound ;;
+exec)
+	[ -f "$m" ] || notfound
+	case "$*" in *" await "*)
+		python3 -c 'import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.recv(99)' "$(cat "$m.gate")" ;;
+	esac ;;
 *) echo "error: unrecognized subcommand" >&2; exit 2 ;;
 esac
 `

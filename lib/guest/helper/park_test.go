@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -41,12 +42,15 @@ func TestPark(t *testing.T) {
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
-	// Before it has its handlers SIGUSR1 would end it: wait until it catches that.
+	// Before it has its handlers any of the signals would end it. Those that it
+	// ignores come last.
+	const ignored = 1<<(unix.SIGHUP-1) | 1<<(unix.SIGINT-1) | 1<<(unix.SIGTERM-1) | 1<<(unix.SIGPIPE-1)
 	caught := func() bool {
 		b, _ := os.ReadFile(filepath.Join("/proc", itoa(cmd.Process.Pid), "status"))
 		for line := range strings.Lines(string(b)) {
 			if hex, ok := strings.CutPrefix(line, "SigIgn:"); ok {
-				return strings.TrimSpace(hex) != "0000000000000000"
+				set, err := strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
+				return err == nil && set&ignored == ignored
 			}
 		}
 		return false
