@@ -20,7 +20,10 @@ import (
 )
 
 // choice is an engine that works here.
-type choice struct{ name, why string }
+type choice struct {
+	engine.Engine
+	why string
+}
 
 // chooseEngines gives the plan's candidates that work here, best first. With
 // runtime auto an engine that needs hardware counts as working only once it has
@@ -57,7 +60,7 @@ func (v *vm) chooseEngines(ctx context.Context, b *plan.Bottle, root *state.Root
 				why = "not " + strings.Join(passed, "; not ")
 			}
 		}
-		works = append(works, choice{e.Name(), why})
+		works = append(works, choice{e, why})
 	}
 	if len(works) == 0 {
 		return nil, fault.New(fault.Unavailable, "no_engine", "no engine works here: %s", strings.Join(passed, "; ")).

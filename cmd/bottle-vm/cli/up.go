@@ -12,7 +12,6 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/engine"
-	"github.com/bottle-tools/bottle/lib/engines"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/image"
 	"github.com/bottle-tools/bottle/lib/keeper"
@@ -153,14 +152,12 @@ func (s *starter) engines(ctx context.Context) error {
 	}
 	var passed passedOver
 	for i, c := range works {
-		s.cfg.Runtime, s.cfg.RuntimeWhy = c.name, c.why
+		s.cfg.Runtime, s.cfg.RuntimeWhy = c.Name(), c.why
 		if len(passed) > 0 {
 			s.cfg.RuntimeWhy = "not " + strings.Join(passed, "; not ")
 		}
-		if e, err := engines.Find(c.name); err == nil {
-			tellFirst(ctx, e, s.p.Stderr)
-		}
-		if s.cfg.Pack, err = s.packed(ctx, c.name); err != nil {
+		tellFirst(ctx, c.Engine, s.p.Stderr)
+		if s.cfg.Pack, err = s.packed(ctx, c.Engine); err != nil {
 			return err
 		}
 		resolved := s.cfg // start puts the bottle's own copies in place of what it resolved
@@ -169,7 +166,7 @@ func (s *starter) engines(ctx context.Context) error {
 		if f := fault.As(err); f == nil || f.Exit != fault.Host || i == len(works)-1 {
 			return err
 		}
-		passed = passed.add(c.name, err)
+		passed = passed.add(c.Name(), err)
 	}
 	return nil
 }
@@ -372,19 +369,19 @@ func (s *starter) pack(ctx context.Context) error {
 
 // packed gives the file that bottle-pack had the engine make of the image, if
 // there is one of this very version of it.
-func (s *starter) packed(ctx context.Context, name string) (string, error) {
+func (s *starter) packed(ctx context.Context, by engine.Engine) (string, error) {
 	if len(s.packs) == 0 {
 		return "", nil
 	}
-	e, ok := engines.ByName(name).(engine.Packer)
+	e, ok := by.(engine.Packer)
 	if !ok {
 		return "", nil
 	}
-	by, err := e.PackName(ctx)
+	name, err := e.PackName(ctx)
 	if f := fault.As(err); f != nil && f.Exit == fault.Host {
 		return "", nil // this version has none; the root file system itself is used
 	}
-	return s.packs[by], err
+	return s.packs[name], err
 }
 
 func (s *starter) programs(context.Context) (err error) {

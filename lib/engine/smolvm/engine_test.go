@@ -829,7 +829,7 @@ func TestRealCutOffStartLeavesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := closeDataDirs(t.Context(), c, s.ID, s.Dir); err != nil {
+	if err := closeDataDir(s.ID, s.Dir); err != nil {
 		t.Error(err)
 	}
 	if fi, err := os.Stat(data); err != nil || fi.Mode().Perm() != 0o700 {

@@ -161,7 +161,7 @@ func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec, pin
 	if err := startPatiently(ctx, c, s.ID, s.Dir); err != nil {
 		return 0, explainBoot(err, e.getenv, spoke(dataDirs(ctx, c, s.ID, s.Dir)))
 	}
-	if err := closeDataDirs(ctx, c, s.ID, s.Dir); err != nil { // start may make it anew
+	if err := closeDataDir(s.ID, s.Dir); err != nil { // start may make it anew
 		return 0, err
 	}
 	m, err := c.MachineStatus(ctx, s.ID)
@@ -368,7 +368,7 @@ func remember(ctx context.Context, c *smolvm.Client, id, dir string, shown []str
 	if err := os.MkdirAll(data, 0o700); err != nil {
 		return dataDirFault(id, err)
 	}
-	return closeDataDirs(ctx, c, id, dir)
+	return closeDataDir(id, dir)
 }
 
 // readRecord gives an empty record where there is none of this machine.
@@ -406,10 +406,10 @@ func dataDirFault(id string, err error) error {
 		WithHint("look at it with: smolvm machine data-dir --name %s", id)
 }
 
-// closeDataDirs takes smolvm's folder for the machine from other local users: in
+// closeDataDir takes smolvm's folder for the machine from other local users: in
 // it smolvm leaves the agent's socket, mode 0777, behind which is guest root.
-func closeDataDirs(ctx context.Context, c *smolvm.Client, id, dir string) error {
-	for _, d := range dataDirs(ctx, c, id, dir) {
+func closeDataDir(id, dir string) error {
+	for _, d := range notedDir(id, dir) {
 		fi, err := os.Lstat(d)
 		if errors.Is(err, os.ErrNotExist) {
 			continue

@@ -352,7 +352,7 @@ func (e *Engine) makeBase(ctx context.Context, c *smolvm.Client, s *engine.Spec,
 	if err := patiently(ctx, c, b.Name, b.dir, c.MachineStartForkable); err != nil {
 		return err
 	}
-	if err := closeDataDirs(ctx, c, b.Name, b.dir); err != nil {
+	if err := closeDataDir(b.Name, b.dir); err != nil {
 		return err
 	}
 	if err := helps(ctx, c, b.Name); err != nil {
