@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -165,6 +166,29 @@ func TestSmolvmMisbehaves(t *testing.T) {
 		}
 		oneError(t, name, r)
 	}
+}
+
+// TestSmolvmWarmAuto: --warm is for smolvm, so with runtime auto the refusal says
+// why smolvm cannot, and not only that gVisor does not either.
+func TestSmolvmWarmAuto(t *testing.T) {
+	f := newFakeSmolvm(t)
+	f.Manifest(`"runtime":"auto","image":"./img","workspace":{"path":"ws"}`)
+	for _, c := range []struct{ name, smolvm, act, code, says string }{
+		{"a version that was not measured", f.dir + "/smolvm", `is version && { echo smolvm 1.12.0; exit; }`, "warm_version|warm_user", "a copy|this is 1.12.0"},
+		{"no guest boots", f.dir + "/smolvm", `is start && { echo "Error: agent operation failed: KvmOpen(Error(13))" >&2; exit 1; }`, "warm_slower", "KvmOpen"},
+		{"no smolvm", "/nonexistent", "", "warm_slower", "not smolvm: "},
+	} {
+		f.act(c.act)
+		r := f.Sh("bottle-plan | BOTTLE_SMOLVM=" + c.smolvm + " bottle-vm up --warm")
+		if got := gjson.Get(r.Out, "error.code").Str; r.Code != 78 || got == "" || !strings.Contains("|"+c.code+"|", "|"+got+"|") {
+			t.Errorf("%s: exit %d, %s, want 78, %s\n%.2000s", c.name, r.Code, got, c.code, r.Stderr)
+		}
+		oneError(t, c.name, r)
+		if !slices.ContainsFunc(strings.Split(c.says, "|"), func(s string) bool { return strings.Contains(r.Stderr, s) }) {
+			t.Errorf("%s: it does not say %q: %s", c.name, c.says, r.Stderr)
+		}
+	}
+	f.Gone()
 }
 
 // TestSmolvmHangs: a call that never ends is ended, with its children, and the

@@ -163,7 +163,15 @@ func (s *starter) engines(ctx context.Context) error {
 		resolved := s.cfg // start puts the bottle's own copies in place of what it resolved
 		err := s.start(ctx)
 		s.cfg = resolved
-		if f := fault.As(err); f == nil || f.Exit != fault.Host || i == len(works)-1 {
+		f := fault.As(err)
+		if f == nil || f.Exit != fault.Host {
+			return err
+		}
+		// Only smolvm may have warm starts: why it has none is what the caller asks.
+		if s.flags.warm && strings.HasPrefix(s.cfg.RuntimeWhy, "not ") {
+			return fault.New(f.Exit, f.Code, "%w; %s", err, s.cfg.RuntimeWhy).WithHint("%s", f.Hint)
+		}
+		if s.flags.warm || i == len(works)-1 {
 			return err
 		}
 		passed = passed.add(c.Name(), err)
