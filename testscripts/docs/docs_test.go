@@ -213,3 +213,53 @@ func TestLinks(t *testing.T) {
 		}
 	}
 }
+
+// TestCodesOfSmolvm: each code that engine smolvm, its wrapper and a start again
+// give a failure stands in exit-codes.md with its exit status.
+func TestCodesOfSmolvm(t *testing.T) {
+	page, err := os.ReadFile(filepath.Join(top, "docs/exit-codes.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	statuses := map[string]string{"CantCreate": "73", "Data": "65", "Host": "78", "IO": "74", "NoPerm": "77", "TempFail": "75", "Unavailable": "69", "Usage": "64"}
+	said := map[string]string{} // code, and the row's statuses
+	for _, row := range regexp.MustCompile(`(?m)^\| (`+"`[^|]*`"+`[^|]*) \| ([0-9, ]*) \|`).FindAllStringSubmatch(string(page), -1) {
+		for _, code := range regexp.MustCompile("`([a-z_0-9]+)`").FindAllStringSubmatch(row[1], -1) {
+			said[code[1]] += " " + row[2]
+		}
+	}
+	var files []string
+	for _, pattern := range []string{"lib/smolvm/*.go", "lib/smolvm/wheel/*.go", "lib/smolfile/*.go", "lib/engine/smolvm/*.go", "lib/keeper/again.go"} {
+		found, err := filepath.Glob(filepath.Join(top, pattern))
+		if err != nil || len(found) == 0 {
+			t.Fatalf("%s: %v", pattern, err)
+		}
+		files = append(files, found...)
+	}
+	thrown := regexp.MustCompile(`(?:fault\.New\(fault\.(\w+), |Exit: fault\.(\w+), Code: |refuse\()"((?:smol|warm_|gate_|no_disk|not_stopped)\w*)"`)
+	seen := 0
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		src, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range thrown.FindAllStringSubmatch(string(src), -1) {
+			seen++
+			want := statuses[m[1]+m[2]]
+			if m[1]+m[2] == "" {
+				want = statuses["Host"] // what refuse gives
+			}
+			if got, ok := said[m[3]]; !ok {
+				t.Errorf("%s: exit-codes.md does not have %s (%s)", file, m[3], want)
+			} else if want == "" || !strings.Contains(got, want) {
+				t.Errorf("%s: exit-codes.md has %s for %s, which is %s", file, got, m[3], want)
+			}
+		}
+	}
+	if seen < 40 {
+		t.Errorf("only %d codes were found in the source", seen)
+	}
+}

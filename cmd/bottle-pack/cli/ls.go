@@ -38,7 +38,8 @@ func lsCommand(p *tool.Proc) *tool.Command {
 		LongHelp: `
 digest, kind, source (as the manifest that first packed it named it),
 size_bytes and entries of what it unpacked to, skipped (devices, fifos and
-sockets that were left out), created_at, last_used_at, rootfs (the folder), derived (.smolmachine files made of it).
+sockets that were left out), created_at, last_used_at, rootfs (the folder),
+derived (.smolmachine files made of it).
 An empty cache is an empty list.`,
 		FlagSet: fs,
 		Exec: func(_ context.Context, args []string) error {
