@@ -156,3 +156,10 @@ func TestOptions(t *testing.T) {
 		t.Errorf("without tools: %d, %v", code, err)
 	}
 }
+
+func TestNoSuchSection(t *testing.T) {
+	var said strings.Builder
+	if code, err := run(t.Context(), []string{"-only", "no-such"}, &said, &said); code != 64 || err == nil || !strings.Contains(err.Error(), "stages, start") {
+		t.Errorf("status %d, %v\n%s", code, err, said.String())
+	}
+}

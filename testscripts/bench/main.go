@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -76,6 +77,9 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	var err error
 	if o.only, err = regexp.Compile(only); err != nil {
 		return nil, fmt.Errorf("-only: %w", err)
+	}
+	if !slices.ContainsFunc(sections, func(s section) bool { return o.only.MatchString(s.name) }) {
+		return nil, fmt.Errorf("-only %s is no section; there are %s", only, sectionNames())
 	}
 	if o.repo, err = filepath.Abs(o.repo); err != nil {
 		return nil, err
