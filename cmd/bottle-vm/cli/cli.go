@@ -86,6 +86,15 @@ func (v *vm) find(ctx context.Context, id string) (*state.Bottle, *state.Record,
 	return b, rec, err
 }
 
+// named is find for the arguments of a verb that takes one id at most.
+func (v *vm) named(ctx context.Context, args []string) (*state.Bottle, *state.Record, error) {
+	id, err := oneArg(args)
+	if err != nil {
+		return nil, nil, err
+	}
+	return v.find(ctx, id)
+}
+
 // idFromStdin takes vm.id out of exactly one document.
 func (v *vm) idFromStdin(ctx context.Context) (string, error) {
 	in, err := v.p.Input()

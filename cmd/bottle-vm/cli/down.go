@@ -338,11 +338,7 @@ of its workspace is gone.
 
   bottle-vm stop claude; bottle-vm diff claude > change.patch; bottle-vm down claude`,
 		Exec: func(ctx context.Context, args []string) error {
-			id, err := oneArg(args)
-			if err != nil {
-				return err
-			}
-			_, rec, err := v.find(ctx, id)
+			_, rec, err := v.named(ctx, args)
 			if err != nil {
 				return err
 			}
@@ -366,11 +362,7 @@ now, it is refused, too. Without an ID, stdin is the bottle's document.
 
   bottle-vm stop claude; bottle-vm start claude`,
 		Exec: func(ctx context.Context, args []string) error {
-			id, err := oneArg(args)
-			if err != nil {
-				return err
-			}
-			b, rec, err := v.find(ctx, id)
+			b, rec, err := v.named(ctx, args)
 			if err != nil {
 				return err
 			}

@@ -139,11 +139,7 @@ and state_dir. Without an ID, stdin is the bottle's document.
   bottle-vm status claude | jq -r .phase`,
 		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
-			id, err := oneArg(args)
-			if err != nil {
-				return err
-			}
-			b, rec, err := v.find(ctx, id)
+			b, rec, err := v.named(ctx, args)
 			if err != nil {
 				return err
 			}

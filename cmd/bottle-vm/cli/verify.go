@@ -40,11 +40,7 @@ bottle's document.
   bottle-vm verify claude && echo as planned`,
 		FlagSet: fs,
 		Exec: func(ctx context.Context, args []string) error {
-			id, err := oneArg(args)
-			if err != nil {
-				return err
-			}
-			b, rec, err := v.find(ctx, id)
+			b, rec, err := v.named(ctx, args)
 			if err != nil {
 				return err
 			}

@@ -3,7 +3,6 @@ package smolvm
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -18,14 +17,8 @@ import (
 func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func() string, restart func() error) {
 	t.Helper()
 	s = newSpec(t)
-	first, second := exec.Command("sleep", "60"), exec.Command("sleep", "60")
-	for _, p := range []*exec.Cmd{first, second} {
-		p.ExtraFiles = openAll(t, s.Workspace, s.Binds[0].Source) // as a monitor has them
-		if err := p.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = p.Process.Kill(); _ = p.Wait() })
-	}
+	folders := []string{s.Workspace, s.Binds[0].Source}
+	first, second := monitorFor(t, folders...), monitorFor(t, folders...)
 	status := []string{"machine", "status", "--name", s.ID, "--json"}
 	start := answer(0, "Machine 'x' running (PID: 1)\n", starting, "machine", "start", "--name", s.ID)
 	ready := answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock")
@@ -33,13 +26,13 @@ func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func(
 		answer(0, created, "", createArgv(s)...),
 		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
 		start, ready,
-		answer(0, statusJSON(s.ID, "running", first.Process.Pid), "", status...),
-		answer(0, statusJSON(s.ID, "running", first.Process.Pid), "", status...),
+		answer(0, statusJSON(s.ID, "running", first), "", status...),
+		answer(0, statusJSON(s.ID, "running", first), "", status...),
 		answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "sync"),
 		answer(0, "Stopped machine: x\n", "", "machine", "stop", "--name", s.ID),
 		answer(0, statusJSON(s.ID, "stopped", 0), "", status...),
 		start,
-		answer(0, statusJSON(s.ID, "running", second.Process.Pid), "", status...),
+		answer(0, statusJSON(s.ID, "running", second), "", status...),
 		ready,
 	)
 	if _, err := e.Start(t.Context(), s); err != nil {
@@ -56,8 +49,7 @@ func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func(
 		for !strings.Contains(f.Calls(t), `"sync"`) {
 			time.Sleep(time.Millisecond)
 		}
-		_ = first.Process.Kill()
-		_ = first.Wait()
+		endMonitor(t, first)
 	}()
 	if err := e.Stop(t.Context(), refOf(s)); err != nil {
 		t.Fatalf("%v\n%s", err, f.Calls(t))
@@ -73,7 +65,7 @@ func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func(
 		if err != nil {
 			return err
 		}
-		if want := fmt.Sprint("smolvm ", second.Process.Pid); recorded != want {
+		if want := fmt.Sprint("smolvm ", second); recorded != want {
 			t.Errorf("recorded %q, want %q", recorded, want)
 		}
 		if _, err := os.Stat(left); err == nil {

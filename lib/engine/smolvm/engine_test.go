@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -297,13 +298,7 @@ const (
 
 func TestStart(t *testing.T) {
 	s := newSpec(t)
-	guestProc := exec.Command("sleep", "60")
-	// As a monitor has them.
-	guestProc.ExtraFiles = openAll(t, s.Workspace, s.Binds[0].Source)
-	if err := guestProc.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = guestProc.Process.Kill(); _ = guestProc.Wait() })
+	guestProc := monitorFor(t, s.Workspace, s.Binds[0].Source)
 	recorded := ""
 	s.Record = func(role string, pid int) error { recorded = fmt.Sprint(role, " ", pid); return nil }
 	e, f := scripted(t, version("1.9.1"),
@@ -312,7 +307,7 @@ func TestStart(t *testing.T) {
 		// One start in three fails, the second works.
 		answer(1, "", notReady, "machine", "start", "--name", s.ID),
 		answer(0, "Machine 'x' running (PID: 1)\n", starting, "machine", "start", "--name", s.ID),
-		answer(0, statusJSON(s.ID, "unreachable", guestProc.Process.Pid), "", "machine", "status", "--name", s.ID, "--json"),
+		answer(0, statusJSON(s.ID, "unreachable", guestProc), "", "machine", "status", "--name", s.ID, "--json"),
 		// Slow to answer: "not running" is not believed at once.
 		answer(1, "", notUp, "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
 		answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
@@ -321,7 +316,7 @@ func TestStart(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, f.Calls(t))
 	}
-	if want := fmt.Sprint("smolvm ", guestProc.Process.Pid); recorded != want {
+	if want := fmt.Sprint("smolvm ", guestProc); recorded != want {
 		t.Errorf("recorded %q, want %q", recorded, want)
 	}
 	if st.Enforcement != (plan.Enforcement{Memory: "engine", CPUs: "engine", Pids: "none"}) {
@@ -343,9 +338,38 @@ func TestStart(t *testing.T) {
 	if err := st.Wait(short); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("Wait: %v", err)
 	}
-	_ = guestProc.Process.Kill()
+	if err := syscall.Kill(guestProc, syscall.SIGKILL); err != nil {
+		t.Error(err)
+	}
 	if err := st.Wait(t.Context()); err != nil {
 		t.Errorf("Wait: %v", err)
+	}
+}
+
+// monitorFor plays a monitor, with folders open.
+func monitorFor(t *testing.T, paths ...string) int {
+	t.Helper()
+	c := exec.Command("sleep", "60")
+	c.ExtraFiles = openAll(t, paths...)
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	return c.Process.Pid
+}
+
+// endMonitor ends one of monitorFor's early, until nothing is left of it.
+func endMonitor(t *testing.T, pid int) {
+	t.Helper()
+	p, err := os.FindProcess(pid)
+	if err == nil {
+		err = p.Kill()
+	}
+	if err == nil {
+		_, err = p.Wait()
+	}
+	if err != nil {
+		t.Error(err)
 	}
 }
 
@@ -456,12 +480,7 @@ func TestLateGuestIsStartedAgain(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := newSpec(t)
-			monitor := exec.Command("sleep", "60")
-			monitor.ExtraFiles = openAll(t, s.Workspace, s.Binds[0].Source)
-			if err := monitor.Start(); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = monitor.Process.Kill(); _ = monitor.Wait() })
+			monitor := monitorFor(t, s.Workspace, s.Binds[0].Source)
 			data := vmDir(s)
 			if err := os.MkdirAll(data, 0o700); err != nil {
 				t.Fatal(err)
@@ -475,7 +494,7 @@ func TestLateGuestIsStartedAgain(t *testing.T) {
 				recs = append(recs, answer(1, "", late, "machine", "start", "--name", s.ID))
 			}
 			recs = append(recs, answer(0, "", starting, "machine", "start", "--name", s.ID),
-				answer(0, statusJSON(s.ID, "running", monitor.Process.Pid), "", "machine", "status", "--name", s.ID, "--json"),
+				answer(0, statusJSON(s.ID, "running", monitor), "", "machine", "status", "--name", s.ID, "--json"),
 				answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
 				answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
 				answer(0, "[]\n", "", "machine", "ls", "--json"))

@@ -246,17 +246,12 @@ func TestExchangedFolder(t *testing.T) {
 	// Exchanged after it was opened: the monitor has the other one.
 	s = newSpec(t)
 	other := t.TempDir()
-	monitor := exec.Command("sleep", "60")
-	monitor.ExtraFiles = openAll(t, other, s.Binds[0].Source)
-	if err := monitor.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = monitor.Process.Kill(); _ = monitor.Wait() })
+	monitor := monitorFor(t, other, s.Binds[0].Source)
 	e, f = scripted(t, version("1.9.1"),
 		answer(0, created, "", createArgv(s)...),
 		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
 		answer(0, "", starting, "machine", "start", "--name", s.ID),
-		answer(0, statusJSON(s.ID, "running", monitor.Process.Pid), "", "machine", "status", "--name", s.ID, "--json"),
+		answer(0, statusJSON(s.ID, "running", monitor), "", "machine", "status", "--name", s.ID, "--json"),
 		answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
 		answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
 		answer(0, "[]\n", "", "machine", "ls", "--json"))

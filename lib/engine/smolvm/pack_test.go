@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -81,17 +80,12 @@ func TestStartFromPack(t *testing.T) {
 		"--mount-socket", s.GateSocket + ":/run/bottle/gate.sock", "--error-format", "json",
 		"--", "/opt/bottle/guest", "init", "/opt/bottle/config.json"}
 	json := []string{"--error-format", "json"}
-	monitor := exec.Command("sleep", "60")
-	monitor.ExtraFiles = openAll(t, s.Workspace, s.Binds[0].Source)
-	if err := monitor.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = monitor.Process.Kill(); _ = monitor.Wait() })
+	monitor := monitorFor(t, s.Workspace, s.Binds[0].Source)
 	e, f := scripted(t, version("1.32.2"),
 		answer(0, created, "", argv...),
 		answer(0, vmDir(s)+"\n", "", append([]string{"machine", "data-dir", "--name", s.ID}, json...)...),
 		answer(0, "", starting, append([]string{"machine", "start", "--name", s.ID}, json...)...),
-		answer(0, statusJSON(s.ID, "running", monitor.Process.Pid), "", append([]string{"machine", "status", "--name", s.ID, "--json"}, json...)...),
+		answer(0, statusJSON(s.ID, "running", monitor), "", append([]string{"machine", "status", "--name", s.ID, "--json"}, json...)...),
 		answer(0, "", "", "machine", "exec", "--name", s.ID, "--error-format", "json", "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
 	)
 	if _, err := e.Start(t.Context(), s); err != nil {

@@ -164,20 +164,23 @@ func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec, pin
 	if err := closeDataDir(s.ID, s.Dir); err != nil { // start may make it anew
 		return 0, err
 	}
-	m, err := c.MachineStatus(ctx, s.ID)
-	if err != nil {
+	if pid, err = recordMonitor(ctx, c, s); err != nil {
 		return 0, err
-	}
-	if m.PID > 0 && s.Record != nil {
-		if err := s.Record("smolvm", m.PID); err != nil {
-			return 0, err
-		}
 	}
 	if err := probe(ctx, c, s.ID); err != nil {
 		return 0, err
 	}
 	// All folders are mounted by now.
-	return m.PID, pins.mounted(m.PID, telling(ctx, c, s.ID))
+	return pid, pins.mounted(pid, telling(ctx, c, s.ID))
+}
+
+// recordMonitor writes the process of the guest into the bottle's record.
+func recordMonitor(ctx context.Context, c *smolvm.Client, s *engine.Spec) (pid int, err error) {
+	m, err := c.MachineStatus(ctx, s.ID)
+	if err == nil && m.PID > 0 && s.Record != nil {
+		err = s.Record("smolvm", m.PID)
+	}
+	return m.PID, err
 }
 
 // telling runs a command in the guest for what it prints.

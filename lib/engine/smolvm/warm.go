@@ -419,20 +419,15 @@ func (e *Engine) copyBase(ctx context.Context, c *smolvm.Client, s *engine.Spec,
 	if err := remember(ctx, c, s.ID, s.Dir, shownBy(vs, s.GateSocket)); err != nil {
 		return 0, err
 	}
-	m, err := c.MachineStatus(ctx, s.ID)
+	pid, err := recordMonitor(ctx, c, s)
 	if err != nil {
 		return 0, err
-	}
-	if m.PID > 0 && s.Record != nil {
-		if err := s.Record("smolvm", m.PID); err != nil {
-			return 0, err
-		}
 	}
 	if err := adopt(ctx, c, s.ID); err != nil {
 		return 0, err
 	}
 	b.WarmMS = time.Since(begun).Milliseconds()
-	return m.PID, join(b.save(), pins.mounted(m.PID, telling(ctx, c, s.ID)))
+	return pid, join(b.save(), pins.mounted(pid, telling(ctx, c, s.ID)))
 }
 
 // closeSoon closes smolvm's folder of a machine that is about to be copied as

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -152,18 +151,6 @@ func TestWarmRefusals(t *testing.T) {
 			wantFault(t, err, fault.Host, "warm_slower", fmt.Sprintf("took %d ms here and booting it 100 ms", m.warm))
 		}
 	}
-}
-
-// monitorFor plays a monitor, with folders open.
-func monitorFor(t *testing.T, paths ...string) int {
-	t.Helper()
-	c := exec.Command("sleep", "60")
-	c.ExtraFiles = openAll(t, paths...)
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
-	return c.Process.Pid
 }
 
 // A machine is prepared that knows no bottle, and the bottle is a copy of it.
