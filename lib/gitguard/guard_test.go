@@ -3,6 +3,7 @@ package gitguard
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path"
@@ -935,4 +936,38 @@ func TestParseConfig(t *testing.T) {
 func FuzzParseConfig(f *testing.F) {
 	f.Add("[core]\nhooksPath=x\n[include]path=\"y\\")
 	f.Fuzz(func(t *testing.T, s string) { parseConfig(s) })
+}
+
+// A workspace that was removed, or exchanged for something else, keeps no bottle
+// from being removed.
+func TestSweepWithoutAWorkspace(t *testing.T) {
+	for what, exchange := range map[string]func(ws string) error{
+		"gone":      func(string) error { return nil },
+		"a symlink": func(ws string) error { return os.Symlink("/", ws) },
+		"a file":    func(ws string) error { return os.WriteFile(ws, nil, 0o600) },
+	} {
+		t.Run(what, func(t *testing.T) {
+			ws := filepath.Join(t.TempDir(), "ws")
+			if err := os.Mkdir(ws, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Join(t.TempDir(), "guard.json")
+			g, err := Plan(Options{Workspace: ws, Mode: "rw"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := g.Persist(file); err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(os.Rename(ws, ws+".real"), exchange(ws)); err != nil {
+				t.Fatal(err)
+			}
+			if found, err := g.Sweep(); len(found) != 0 || err != nil {
+				t.Errorf("%v, %v", found, err)
+			}
+			if _, err := os.Lstat(file); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("it would be swept again: %v", err)
+			}
+		})
+	}
 }

@@ -313,14 +313,15 @@ func runsCommands(todo string) bool {
 }
 
 // Sweep looks at the whole workspace once, when the bottle has ended (or where
-// nothing can be watched): what Watch would have taken away is taken away.
+// nothing can be watched): what Watch would have taken away is taken away. That
+// the workspace is no folder any more is no error.
 func (g *Guard) Sweep() ([]Finding, error) {
 	if g.opts.Mode != "rw" {
 		return nil, nil
 	}
 	g.over = true
 	var all []Finding
-	if err := g.look(true, nil, func(f Finding) { all = append(all, f) }); err != nil {
+	if err := g.look(true, nil, func(f Finding) { all = append(all, f) }); err != nil && !g.noWorkspace() {
 		return all, err
 	}
 	g.mu.Lock()
@@ -334,6 +335,14 @@ func (g *Guard) Sweep() ([]Finding, error) {
 		}
 	}
 	return all, nil
+}
+
+// noWorkspace tells whether there is nothing to look at any more: whoever has
+// removed the folder, or put something else in its place, has taken it out of
+// reach of the path, too.
+func (g *Guard) noWorkspace() bool {
+	fi, err := os.Lstat(g.opts.Workspace)
+	return errors.Is(err, fs.ErrNotExist) || err == nil && !fi.IsDir()
 }
 
 func (g *Guard) look(final bool, watch func(place), report func(Finding)) error {

@@ -199,13 +199,8 @@ func sweep(root *state.Root, b *state.Bottle, rec *state.Record) error {
 	}
 	g.KeepIn(func() (string, error) { return root.Aside(b.ID) })
 	// What it finds is noted beside what it set aside.
-	if _, err := g.Sweep(); err != nil {
-		if _, gone := os.Lstat(rec.Workspace); errors.Is(gone, fs.ErrNotExist) {
-			return nil
-		}
-		return err
-	}
-	return nil
+	_, err = g.Sweep()
+	return err
 }
 
 // policy is the bottle section of the stored document, if there is one.

@@ -86,7 +86,7 @@ func newWorld(t *testing.T, name string) *world {
 	}
 	w.ok("tar -C img -xf " + filepath.Join(job, "image.tar"))
 	t.Cleanup(func() {
-		if r := w.sh("bottle-vm down $(bottle-vm ls | jq -r .id); bottle-gc --check; smolvm=$BOTTLE_SMOLVM; $smolvm machine ls --json | jq length"); r.code != 0 || !strings.HasSuffix(r.out, "0\n") {
+		if r := w.sh("bottle-vm down $(bottle-vm ls | jq -r .id); bottle-gc --check --min-age 0s; smolvm=$BOTTLE_SMOLVM; $smolvm machine ls --json | jq length"); r.code != 0 || !strings.HasSuffix(r.out, "0\n") {
 			t.Errorf("something is left: %+v", r)
 		}
 		os.RemoveAll(dir)
