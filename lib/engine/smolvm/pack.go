@@ -122,7 +122,7 @@ func (e *Engine) PackHelpers() []PackHelper {
 			continue
 		}
 		id, err := state.Identify(pid)
-		if err != nil {
+		if err != nil || !ownProcess(pid) {
 			continue
 		}
 		h := PackHelper{Process: id, Packer: packer}
@@ -134,8 +134,8 @@ func (e *Engine) PackHelpers() []PackHelper {
 	return all
 }
 
-// packerOf reads who asked for what pid does from its environment. Other users'
-// cannot be read.
+// packerOf reads who asked for what pid does from its environment, in which its
+// user can have written anything.
 func packerOf(pid int) (plan.Process, bool) {
 	for _, v := range environOf(pid) {
 		if value, ok := strings.CutPrefix(v, packerVar+"="); ok {

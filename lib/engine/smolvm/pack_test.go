@@ -5,9 +5,11 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -228,5 +230,51 @@ func TestEndPackHelper(t *testing.T) {
 	}
 	if _, err := os.Stat(other); err != nil {
 		t.Errorf("a folder that is not smolvm's: %v", err)
+	}
+}
+
+// What another user's processes claim counts for nothing, for root neither: who
+// writes of itself that it packs would have a folder of root's guests removed.
+func TestPackHelpersOfOthers(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("NOT RUN: it takes root to be another user")
+	}
+	if runtime.GOOS != "linux" {
+		t.Skip("NOT RUN: only this user's processes are listed here")
+	}
+	home := t.TempDir()
+	e := New([]string{"HOME=" + home})
+	raw, err := os.ReadFile("/bin/sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	top, err := os.MkdirTemp("", "bp-") // where others may get to
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(top) })
+	if err := os.Chmod(top, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	// /proc gives what runs a program that it cannot read to root.
+	program := filepath.Join(top, "sleep")
+	if err := os.WriteFile(program, raw, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	for name, path := range map[string]string{"open": "/bin/sleep", "not dumpable": program} {
+		for _, uid := range []int{0, 65534} {
+			c := exec.Command(path, "60")
+			c.Env = []string{packerVar + "=1:1:gone"}
+			c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
+			if err := c.Start(); err != nil {
+				t.Fatal(err)
+			}
+			found := slices.ContainsFunc(e.PackHelpers(), func(h PackHelper) bool { return h.Process.PID == c.Process.Pid })
+			_ = c.Process.Kill()
+			_ = c.Wait()
+			if found != (uid == 0) {
+				t.Errorf("%s, of uid %d: found %v", name, uid, found)
+			}
+		}
 	}
 }

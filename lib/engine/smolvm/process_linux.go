@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -62,14 +61,18 @@ func exists(pid int) bool {
 	return !strings.HasPrefix(rest, " Z") && !strings.HasPrefix(rest, " X")
 }
 
-// ownProcess tells whether pid is of this user.
+// ownProcess tells whether pid is of this user. The owner of its folder in /proc
+// does not: that is root for whatever is not dumpable, which anybody can be.
 func ownProcess(pid int) bool {
-	fi, err := os.Stat(filepath.Join("/proc", strconv.Itoa(pid)))
+	status, err := procFile(pid, "status")
 	if err != nil {
 		return false
 	}
-	st, ok := fi.Sys().(*syscall.Stat_t)
-	return ok && int(st.Uid) == os.Geteuid()
+	_, rest, _ := strings.Cut(status, "\nUid:") // a name's line feeds are escaped
+	line, _, _ := strings.Cut(rest, "\n")
+	me := strconv.Itoa(os.Geteuid())
+	uids := strings.Fields(line) // real, effective, saved, of the file system
+	return len(uids) == 4 && uids[0] == me && uids[1] == me
 }
 
 // killProcess holds pid by a descriptor, asks whether it is still the one that

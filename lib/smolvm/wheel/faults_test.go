@@ -121,6 +121,21 @@ func TestInstallsOnce(t *testing.T) {
 	}
 }
 
+// Python takes what it is to run from its working folder first, which may be a
+// repository with a pip of its own.
+func TestNothingOfTheWorkingFolderRuns(t *testing.T) {
+	p := newPlace(t, "pwd >$top/ran-in\n"+goodPip)
+	repository := t.TempDir()
+	t.Chdir(repository)
+	if _, err := Install(t.Context(), p.dir, Newest); err != nil {
+		t.Fatal(err)
+	}
+	in, err := os.ReadFile(filepath.Join(p.top, "ran-in"))
+	if err != nil || !strings.HasPrefix(string(in), filepath.Join(p.dir, fetchName)) {
+		t.Errorf("pip ran in %s, %v", in, err)
+	}
+}
+
 func TestDownloadFails(t *testing.T) {
 	for name, c := range map[string]struct {
 		pip, code string

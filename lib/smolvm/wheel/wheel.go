@@ -187,8 +187,10 @@ func download(ctx context.Context, dir, version, platform string) (string, error
 		"--platform", platform, "--python-version", "3.11", "--implementation", "cp", "--abi", "abi3",
 		"--dest", dir, "smolmachines==" + version}
 	cmd := exec.CommandContext(limited, "python3", args...)
-	// Its temporary files go with the folder, whatever ends it.
-	cmd.Env = append(os.Environ(), "TMPDIR="+dir)
+	// "python3 -m pip" runs a pip of the working folder if there is one, which may
+	// be a cloned repository. Its temporary files go with the folder, whatever ends
+	// it.
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "TMPDIR="+dir)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }
 	cmd.WaitDelay = time.Second
