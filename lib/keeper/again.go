@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/control"
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -31,7 +30,7 @@ func (k *keeper) again() ([]string, error) {
 	k.mu.Lock()
 	phase := k.phase
 	if phase == stopped {
-		k.phase = state.Starting // the next one that asks is told so
+		k.phase, k.handing = state.Starting, true // the next one that asks is told so
 	}
 	k.mu.Unlock()
 	if phase != stopped {
@@ -40,7 +39,14 @@ func (k *keeper) again() ([]string, error) {
 	}
 	k.ending.Lock() // the stop may be at it still
 	defer k.ending.Unlock()
-	warnings, err := k.handOver()
+	next, err := k.successor()
+	if err != nil {
+		k.mu.Lock()
+		k.phase, k.handing = stopped, false
+		k.mu.Unlock()
+		return nil, err
+	}
+	warnings, err := k.handOver(next)
 	if err == nil {
 		close(k.handed)
 		return warnings, nil
@@ -53,14 +59,16 @@ func (k *keeper) again() ([]string, error) {
 	return nil, err
 }
 
-// handOver gives the bottle to a keeper of its own making.
-func (k *keeper) handOver() ([]string, error) {
+// successor starts another keeper, which waits to be configured. The bottle is
+// this one's still.
+func (k *keeper) successor() (*Handle, error) {
 	exe, err := os.Executable()
 	if err != nil {
 		return nil, fault.New(fault.Host, "no_self", "cannot tell where this program lies: %w", err)
 	}
-	cfg := k.cfg
-	cfg.Again = true
+	if k.cfg.AuditHead, err = k.gate.logEnd(); err != nil {
+		return nil, err
+	}
 	h, err := Spawn(exe, k.bottle.Path("keeper.log"), os.Environ())
 	if err != nil {
 		return nil, err
@@ -70,13 +78,21 @@ func (k *keeper) handOver() ([]string, error) {
 		h.Wait()
 		return nil, err
 	}
+	return h, nil
+}
+
+// handOver gives it the bottle, and waits until it has booted the guest.
+func (k *keeper) handOver(h *Handle) ([]string, error) {
+	defer context.AfterFunc(k.leaving, h.Abandon)() // what ends it clears up
+	cfg := k.cfg
+	cfg.Again, cfg.Denied = true, k.live.denies()
 	for _, l := range k.gates {
 		l.Close()
 	}
 	k.gates = nil
 	k.socket.Close()
 	k.lock.Close()
-	err = h.Configure(cfg)
+	err := h.Configure(cfg)
 	var r *Reply
 	if err == nil {
 		r, err = h.Await()
@@ -113,7 +129,7 @@ func (k *keeper) takeBack() (err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.rec = rec
-	k.rec.Keeper, k.rec.Phase, k.phase = &self, state.Stopped, stopped
+	k.rec.Keeper, k.rec.Phase, k.phase, k.handing = &self, state.Stopped, stopped, false
 	return k.bottle.Save(k.rec)
 }
 
@@ -137,15 +153,6 @@ func (k *keeper) prepareAgain() (func(context.Context, *engine.Spec) (*engine.St
 		}
 	}
 	return r.Restart, nil
-}
-
-// head is where the audit log ends: the gate of a bottle that is started again
-// goes on with it.
-func (k *keeper) head() (audit.Head, error) {
-	if !k.cfg.Again {
-		return audit.Head{}, nil
-	}
-	return audit.Tail(k.root.Audit(k.cfg.ID))
 }
 
 // fallBack is after a start that failed, of a bottle that was stopped: its disk is

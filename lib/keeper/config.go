@@ -17,6 +17,7 @@ import (
 	"github.com/bottle-tools/bottle/lib/audit"
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/live"
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
@@ -55,7 +56,11 @@ type Config struct {
 	GuestExe  string `json:"guest_exe"`
 
 	// Again: the bottle was stopped, and its guest is to be booted with its disk.
-	Again bool `json:"again,omitempty"`
+	// Its audit log ends with AuditHead, and Denied are the denies that were added
+	// while it ran: they are for as long as there is the bottle, or their own time.
+	Again     bool        `json:"again,omitempty"`
+	AuditHead audit.Head  `json:"audit_head,omitzero"`
+	Denied    []live.Rule `json:"denied,omitempty"`
 }
 
 // ReplyFD is where the keeper writes one Reply: the pipe of the up that started it.

@@ -72,7 +72,10 @@ func (k *keeper) answer(c net.Conn) {
 			Document: plan.SHA256(k.doc.Line()), Watches: k.monitor != nil, Sidecar: k.aside.report()}
 	case "stop":
 		if err := k.halt("stopped by command"); err != nil {
-			a.Error = plan.NewFailure("vm", fault.New(fault.IO, "stop_failed", "stopping: %w", err))
+			if f := fault.As(err); f.Exit != fault.TempFail {
+				err = fault.New(fault.IO, "stop_failed", "stopping: %w", err)
+			}
+			a.Error = plan.NewFailure("vm", err)
 		}
 	case "start":
 		_ = c.SetDeadline(time.Now().Add(AgainLimit))

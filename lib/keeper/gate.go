@@ -91,6 +91,7 @@ type gateKeeper struct {
 	proc       *gateproc.Process // nil while down
 	supervised bool              // supervise will close done
 	known      audit.Head        // the last line of the audit log that a gate has told of
+	left       audit.Head        // the last line when the gate had been told to end
 	lost       string            // why there will be no gate any more
 }
 
@@ -100,11 +101,8 @@ func startGate(k *keeper) (*gateKeeper, error) {
 	if err := k.root.MakeAudit(); err != nil {
 		return nil, err
 	}
-	head, err := k.head()
-	if err != nil {
-		return nil, err
-	}
-	g := &gateKeeper{k: k, queue: make(chan *os.File, pending), quit: make(chan struct{}), done: make(chan struct{})}
+	head := k.cfg.AuditHead // a bottle that is started again goes on with its log
+	g := &gateKeeper{k: k, queue: make(chan *os.File, pending), quit: make(chan struct{}), done: make(chan struct{}), known: head}
 	g.config = gateproc.Config{
 		ID: k.cfg.ID, Bottle: k.plan, Base: k.cfg.Base, Secrets: k.cfg.Secrets, CA: k.caPEM,
 		Audit: k.root.Audit(k.cfg.ID), AuditBounds: k.cfg.Audit, Upstream: k.proxy.addr(),
@@ -152,6 +150,9 @@ func (g *gateKeeper) awaitReady(ctx context.Context) error {
 		return err
 	}
 	if err := p.AwaitReady(ctx); err != nil {
+		return err
+	}
+	if err := g.k.live.adopt(ctx, p); err != nil {
 		return err
 	}
 	g.mu.Lock()
@@ -204,6 +205,7 @@ func (g *gateKeeper) supervise(p *gateproc.Process) {
 		case <-g.quit:
 			g.set(nil)
 			_ = p.Stop(gateGrace)
+			g.leave(p)
 			return
 		case <-p.Done():
 		}
@@ -237,10 +239,8 @@ func (g *gateKeeper) supervise(p *gateproc.Process) {
 // taken away is not gone on with: there is no gate any more. It is false if the
 // log cannot be read at present.
 func (g *gateKeeper) remember(p *gateproc.Process) bool {
-	if h := p.Head(); h.Seq > 0 {
-		g.known = h
-	}
-	there, err := audit.Holds(g.config.Audit, g.known)
+	known := g.toldBy(p)
+	there, err := audit.Holds(g.config.Audit, known)
 	if err == nil && there {
 		g.config.AuditHead, err = audit.Tail(g.config.Audit)
 	}
@@ -249,9 +249,60 @@ func (g *gateKeeper) remember(p *gateproc.Process) bool {
 		return false
 	}
 	if !there {
-		g.lose(fmt.Sprintf("audit log %s does not hold line %d any more, which its gate has written", g.config.Audit, g.known.Seq))
+		g.lose(lostLine(g.config.Audit, known))
 	}
 	return true
+}
+
+func lostLine(path string, h audit.Head) string {
+	return fmt.Sprintf("audit log %s does not hold line %d any more, which its gate has written", path, h.Seq)
+}
+
+// toldBy is the last line that p, or a gate before it, has told of.
+func (g *gateKeeper) toldBy(p *gateproc.Process) audit.Head {
+	h := p.Head()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if h.Seq > 0 {
+		g.known = h
+	}
+	return g.known
+}
+
+// leave notes how p, which was told to end, has left the log.
+func (g *gateKeeper) leave(p *gateproc.Process) {
+	g.toldBy(p)
+	h, err := audit.Tail(g.config.Audit)
+	if err != nil {
+		g.k.logf("%v", err)
+		return
+	}
+	g.mu.Lock()
+	g.left = h
+	g.mu.Unlock()
+}
+
+// logEnd is where the log of a stopped bottle ends, for the gate that goes on
+// with it: not where what the gates have written is gone.
+func (g *gateKeeper) logEnd() (audit.Head, error) {
+	g.mu.Lock()
+	lost, known, left := g.lost, g.known, g.left
+	g.mu.Unlock()
+	for _, h := range []audit.Head{known, left} {
+		there, err := audit.Holds(g.config.Audit, h)
+		if err != nil {
+			return audit.Head{}, err
+		}
+		if !there && lost == "" {
+			lost = lostLine(g.config.Audit, h)
+		}
+	}
+	if lost != "" {
+		g.lose(lost)
+		return audit.Head{}, fault.New(fault.NoPerm, "audit_log_changed", "%s", lost).
+			WithHint("look at it with bottle-egress log --verify; remove the bottle with bottle-vm down, and start a new one")
+	}
+	return audit.Tail(g.config.Audit)
 }
 
 func (g *gateKeeper) lose(why string) {

@@ -21,7 +21,6 @@ import (
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/fdpass"
 	"github.com/bottle-tools/bottle/lib/guest"
-	"github.com/bottle-tools/bottle/lib/live"
 	"github.com/bottle-tools/bottle/lib/plan"
 	"github.com/bottle-tools/bottle/lib/state"
 	"github.com/bottle-tools/bottle/lib/trust"
@@ -71,6 +70,10 @@ type keeper struct {
 	socket net.Listener   // of the owner's commands
 	gates  []net.Listener // of the guest
 	handed chan struct{}  // closed when another keeper has the bottle
+
+	handing bool               // another keeper is being given it; with mu
+	leaving context.Context    // ends when the bottle is not wanted any more
+	leave   context.CancelFunc // ends it
 }
 
 const stopped = state.Stopped
@@ -117,6 +120,7 @@ func Run(ctx context.Context, stdin io.Reader, reply io.WriteCloser, log *os.Fil
 	k.roots = nil
 	debug.FreeOSMemory()
 	k.serve(ctx, started)
+	k.leave()
 	k.ending.Lock() // a start of the stopped bottle may be under way
 	handed := false
 	select {
@@ -156,7 +160,8 @@ func open(stdin io.Reader, log *os.File) (*keeper, error) {
 	if err := json.Unmarshal(line, &k.cfg); err != nil {
 		return nil, fault.New(fault.Data, "no_config", "config: %w", err)
 	}
-	k.live = &liveRules{k: k, clock: live.Now}
+	k.leaving, k.leave = context.WithCancel(context.Background())
+	k.live = newLive(k)
 	k.root = &state.Root{Dir: k.cfg.StateDir, RunDir: k.cfg.RunRoot}
 	k.bottle = k.root.Bottle(k.cfg.ID)
 	if k.lock, err = k.bottle.Lock(); err != nil {
@@ -482,6 +487,12 @@ func (k *keeper) serve(ctx context.Context, s *engine.Started) {
 // halt ends the guest and what serves it, and keeps the records.
 func (k *keeper) halt(reason string) error {
 	k.mu.Lock()
+	if k.handing {
+		// Its own guest has ended before; the one that is started now is not its.
+		k.mu.Unlock()
+		return fault.New(fault.TempFail, "being_started", "bottle %s is just being started", k.cfg.ID).
+			WithHint("try again in a moment; bottle-vm down %s ends it now", k.cfg.ID)
+	}
 	if k.phase == stopped {
 		k.mu.Unlock()
 		return nil

@@ -35,6 +35,13 @@ type liveRules struct {
 	ending *time.Timer
 }
 
+// newLive begins with the denies of the run before.
+func newLive(k *keeper) *liveRules {
+	l := &liveRules{k: k, clock: live.Now}
+	l.rules, _ = live.Split(k.cfg.Denied, l.clock())
+	return l
+}
+
 // change does what the user uid asks for. It returns the rules that were added
 // or taken back, and how many connections that cut.
 func (l *liveRules) change(c control.Change, uid int) (changed []live.Rule, cut int, err error) {
@@ -226,7 +233,7 @@ func (l *liveRules) tell(next []live.Rule, changes []live.Change, hold bool) (in
 	return 0, err
 }
 
-// adopt gives a new gate the rules before it is given connections.
+// adopt gives a gate the rules before it is given connections.
 func (l *liveRules) adopt(ctx context.Context, p *gateproc.Process) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -237,7 +244,14 @@ func (l *liveRules) adopt(ctx context.Context, p *gateproc.Process) error {
 		l.untold = nil
 	}
 	l.k.gate.set(p)
+	l.watchEnds()
 	return nil
+}
+
+// denies are what a bottle that is stopped takes along when it is started again:
+// what was allowed for a run is not.
+func (l *liveRules) denies() []live.Rule {
+	return slices.DeleteFunc(l.list(), func(r live.Rule) bool { return r.Verdict != "deny" })
 }
 
 // list gives the rules that hold now.
@@ -302,7 +316,7 @@ func (l *liveRules) watchEnds() {
 func (k *keeper) running() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.phase == stopped {
+	if k.phase == stopped || k.handing {
 		return fault.New(fault.Unavailable, "not_running", "bottle %s is not running (%s)", k.cfg.ID, k.phase)
 	}
 	return nil

@@ -53,6 +53,11 @@ func startProxy(ctx context.Context, k *keeper) (*proxyKeeper, error) {
 	}
 	p := &proxyKeeper{k: k, prog: prog, quit: make(chan struct{}), done: make(chan struct{})}
 	p.opts = pipelock.Options{Dir: dir, Policy: []byte(eg.Pipelock.YAML), InstanceID: k.cfg.ID}
+	if len(k.live.rules) > 0 {
+		if p.opts.Policy, _, err = p.policyFor(k.live.rules); err != nil {
+			return nil, err
+		}
+	}
 	proc, err := p.launch(ctx)
 	if err != nil {
 		return nil, err

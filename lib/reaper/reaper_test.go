@@ -168,6 +168,41 @@ func TestDeadKeeper(t *testing.T) {
 	h.gone(other, otherRec)
 }
 
+// A bottle whose keeper was just giving it to another one, which holds the lock,
+// is that one's by now: both end.
+func TestSuccessorOfAKeeper(t *testing.T) {
+	for name, known := range map[string]bool{"recorded by the old": false, "recorded by itself": true} {
+		h := newHost(t)
+		old, next := h.process("play-sleeper"), h.process("play-sleeper")
+		b, rec := h.bottle(func(r *state.Record) {
+			r.Keeper, r.Processes = &old, []state.Child{{Role: "keeper", Process: next}}
+		})
+		now := *rec
+		if known {
+			now.Keeper = &next
+		}
+		if err := b.Save(&now); err != nil {
+			t.Fatal(err)
+		}
+		lock, err := b.Lock()
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() { // a keeper that ends gives its lock up
+			state.Await(next, time.Minute)
+			lock.Close()
+		}()
+		begun := time.Now()
+		if err := Remove(context.Background(), h.root, b, rec, nil); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if took := time.Since(begun); took > LockWait/2 {
+			t.Errorf("%s: it took %s", name, took)
+		}
+		h.gone(b, rec)
+	}
+}
+
 func TestRemoveIsQuick(t *testing.T) {
 	h := newHost(t)
 	best := time.Hour

@@ -50,6 +50,9 @@ func Remove(ctx context.Context, root *state.Root, b *state.Bottle, rec *state.R
 	if err := endKeeper(b, rec); err != nil {
 		return err
 	}
+	if err := endSuccessor(b); err != nil {
+		return err
+	}
 	lock, err := lockBottle(ctx, b)
 	if errors.Is(err, fs.ErrNotExist) {
 		return removeRunDir(root, b, rec) // the keeper, or another down, was first
@@ -100,6 +103,28 @@ func endKeeper(b *state.Bottle, rec *state.Record) error {
 	}
 	if err := state.Kill(*rec.Keeper, KeeperGrace); err != nil {
 		return failed(b, "ending its keeper", err)
+	}
+	return nil
+}
+
+// endSuccessor ends the keeper to which the one that has ended was just giving the
+// bottle, to start its guest again: that would hold it, and run it, from now on.
+func endSuccessor(b *state.Bottle) error {
+	rec, err := b.Load()
+	if err != nil || rec.UID != os.Geteuid() || rec.Phase == state.Starting && rec.Keeper == nil {
+		return nil // what is there is judged below
+	}
+	next := slices.Clone(rec.Processes)
+	if rec.Keeper != nil {
+		next = append(next, state.Child{Role: "keeper", Process: *rec.Keeper})
+	}
+	for _, c := range next {
+		if c.Role != "keeper" || c.PID == os.Getpid() {
+			continue
+		}
+		if err := state.Kill(c.Process, KeeperGrace); err != nil {
+			return failed(b, "ending its keeper", err)
+		}
 	}
 	return nil
 }

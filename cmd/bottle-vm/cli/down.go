@@ -355,9 +355,10 @@ func (v *vm) startCommand() *tool.Command {
 		ShortHelp:  "boot a stopped bottle again, with its disk; prints its document",
 		LongHelp: `
 For bottles on smolvm; on gVisor a stopped guest leaves no disk, and start is
-refused (78). Plan, secrets and mounts are those that up took; rules that were
-added while it ran (bottle-egress allow) do not come back. Where the workspace
-has become one that the engine cannot hold, or a mounted folder leads elsewhere
+refused (78). Plan, secrets and mounts are those that up took. Of the rules that
+were added while it ran, denies stay for the time they were given, and allows do
+not come back. Where what its gates have written into the audit log is gone, it
+is refused (77). Where the workspace has become one that the engine cannot hold, or a mounted folder leads elsewhere
 now, it is refused, too. Without an ID, stdin is the bottle's document.
 
   bottle-vm stop claude; bottle-vm start claude`,

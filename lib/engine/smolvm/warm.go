@@ -271,7 +271,16 @@ func (e *Engine) warmUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) (
 	if b, err = baseOf(c, s, vs); err != nil { // as it is now
 		return 0, "", err
 	}
-	if !b.usable(ctx, c) {
+	usable, err := b.usable(ctx, c)
+	if err != nil {
+		return 0, "", err
+	}
+	if !usable {
+		if copies := b.copies(s.ID); len(copies) > 0 {
+			// They read its image, and would lose it.
+			return 0, "", refuse("warm_in_use", "", "leave --warm out, or remove them with bottle-vm down first",
+				"the prepared machine %s does not run any more, and %s are copies of it", b.Name, strings.Join(copies, ", "))
+		}
 		if err := e.clear(ctx, c, b); err != nil {
 			return 0, "", err
 		}
@@ -285,13 +294,37 @@ func (e *Engine) warmUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) (
 	return pid, b.Name, err
 }
 
-// usable tells whether it can be copied.
-func (b *Base) usable(ctx context.Context, c *smolvm.Client) bool {
+// usable tells whether it can be copied. That smolvm does not tell is no reason to
+// make another.
+func (b *Base) usable(ctx context.Context, c *smolvm.Client) (bool, error) {
 	if !b.Alive() {
-		return false
+		return false, nil
 	}
 	m, err := c.MachineStatus(ctx, b.Name)
-	return err == nil && ours(m, tagOf(b.dir)) == nil && m.PID == b.Monitor.PID
+	if errors.Is(err, smolvm.ErrNotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return ours(m, tagOf(b.dir)) == nil && m.PID == b.Monitor.PID, nil
+}
+
+// copies are the bottles that are copies of it, or are about to be; but for the
+// one with this id.
+func (b *Base) copies(but string) (ids []string) {
+	bottles := filepath.Join(filepath.Dir(filepath.Dir(b.dir)), "bottles")
+	entries, err := os.ReadDir(bottles)
+	if err != nil {
+		return nil
+	}
+	name := basePrefix + filepath.Base(b.dir) // its record may be unreadable
+	for _, e := range entries {
+		if id := e.Name(); id != but && BaseOf(filepath.Join(bottles, id), id) == name {
+			ids = append(ids, id)
+		}
+	}
+	return ids
 }
 
 // clear removes the machine and what it was made of, and leaves the folder.
@@ -523,7 +556,11 @@ func (e *Engine) RemoveBase(ctx context.Context, dir string) error {
 		return nil
 	}
 	defer lock.Close()
-	if b = loadBase(dir); b.Name != "" {
+	b = loadBase(dir)
+	if len(b.copies("")) > 0 {
+		return nil // since it was looked at
+	}
+	if b.Name != "" {
 		c, err := e.client(ctx)
 		if err != nil {
 			return err

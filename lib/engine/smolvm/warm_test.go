@@ -4,6 +4,7 @@ package smolvm
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -294,6 +295,23 @@ func TestRemoveBase(t *testing.T) {
 		t.Errorf("it was removed while it was in use: %v", err)
 	}
 	lock.Close()
+	// A bottle has become a copy of it since gc looked.
+	copied := filepath.Join(filepath.Dir(s.Warm.Dir), "bottles", "dev-00000009")
+	if err := os.MkdirAll(ownDir(copied), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := (machineRecord{Name: "dev-00000009", Base: b.Name}).save(copied); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.RemoveBase(t.Context(), b.dir); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(b.rootfs()); err != nil || strings.Contains(f.Calls(t), `"delete"`) {
+		t.Errorf("it was removed from under its copy: %v", err)
+	}
+	if err := os.RemoveAll(copied); err != nil {
+		t.Fatal(err)
+	}
 	if err := e.RemoveBase(t.Context(), b.dir); err != nil {
 		t.Error(err)
 	}
@@ -307,6 +325,57 @@ func TestRemoveBase(t *testing.T) {
 	}
 	if err := e.RemoveBase(t.Context(), b.dir); err != nil {
 		t.Errorf("once more: %v", err)
+	}
+}
+
+// A machine that smolvm does not tell of, or that died, is not made anew while
+// bottles are copies of it: what they run from is its.
+func TestBaseUnderItsCopies(t *testing.T) {
+	for name, tt := range map[string]struct {
+		alive bool
+		says  string
+		exit  int
+		wants string
+	}{
+		"smolvm fails": {true, "Error: database is locked\n", 1, "database is locked"},
+		"it died":      {false, unknown, 1, "dev-00000009 are copies of it"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newWarmSpec(t)
+			e, f := scripted(t)
+			vs, err := volumes(s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b := baseAt(t, s, f.Bin, vs)
+			rewrite(t, f.Env, []record{version("1.9.1"), answer(tt.exit, "", tt.says, "machine", "status", "--name", b.Name, "--json")})
+			copied := filepath.Join(filepath.Dir(s.Warm.Dir), "bottles", "dev-00000009")
+			for _, d := range []string{b.rootfs(), ownDir(copied)} {
+				if err := os.MkdirAll(d, 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if b.Monitor, err = state.Identify(os.Getpid()); err != nil {
+				t.Fatal(err)
+			}
+			if !tt.alive {
+				b.Monitor.StartTime++
+			}
+			if err := errors.Join(b.save(), (machineRecord{Name: "dev-00000009", Base: b.Name}).save(copied)); err != nil {
+				t.Fatal(err)
+			}
+			c, err := e.client(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, _, err = e.warmUp(t.Context(), c, s)
+			if err == nil || !strings.Contains(err.Error(), tt.wants) {
+				t.Errorf("%v", err)
+			}
+			if _, err := os.Stat(b.rootfs()); err != nil {
+				t.Errorf("the image of the copy: %v", err)
+			}
+		})
 	}
 }
 
