@@ -357,9 +357,9 @@ func (v *vm) startCommand() *tool.Command {
 For bottles on smolvm; on gVisor a stopped guest leaves no disk, and start is
 refused (78). Plan, secrets and mounts are those that up took. Of the rules that
 were added while it ran, denies stay for the time they were given, and allows do
-not come back. Where what its gates have written into the audit log is gone, it
-is refused (77). Where the workspace has become one that the engine cannot hold, or a mounted folder leads elsewhere
-now, it is refused, too. Without an ID, stdin is the bottle's document.
+not come back. Where the workspace has become one that the engine cannot hold, a
+mounted folder leads elsewhere now, or the audit log lacks what its gates have
+written (77), it is refused, too. Without an ID, stdin is the bottle's document.
 
   bottle-vm stop claude; bottle-vm start claude`,
 		Exec: func(ctx context.Context, args []string) error {
