@@ -26,13 +26,13 @@ func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func(
 		answer(0, created, "", createArgv(s)...),
 		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
 		start, ready,
-		answer(0, statusJSON(s.ID, "running", first), "", status...),
-		answer(0, statusJSON(s.ID, "running", first), "", status...),
+		answer(0, statusJSON(s.ID, "running", first.Pid), "", status...),
+		answer(0, statusJSON(s.ID, "running", first.Pid), "", status...),
 		answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "sync"),
 		answer(0, "Stopped machine: x\n", "", "machine", "stop", "--name", s.ID),
 		answer(0, statusJSON(s.ID, "stopped", 0), "", status...),
 		start,
-		answer(0, statusJSON(s.ID, "running", second), "", status...),
+		answer(0, statusJSON(s.ID, "running", second.Pid), "", status...),
 		ready,
 	)
 	if _, err := e.Start(t.Context(), s); err != nil {
@@ -49,7 +49,8 @@ func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func(
 		for !strings.Contains(f.Calls(t), `"sync"`) {
 			time.Sleep(time.Millisecond)
 		}
-		endMonitor(t, first)
+		_ = first.Kill()
+		_, _ = first.Wait()
 	}()
 	if err := e.Stop(t.Context(), refOf(s)); err != nil {
 		t.Fatalf("%v\n%s", err, f.Calls(t))
@@ -65,7 +66,7 @@ func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func(
 		if err != nil {
 			return err
 		}
-		if want := fmt.Sprint("smolvm ", second); recorded != want {
+		if want := fmt.Sprint("smolvm ", second.Pid); recorded != want {
 			t.Errorf("recorded %q, want %q", recorded, want)
 		}
 		if _, err := os.Stat(left); err == nil {

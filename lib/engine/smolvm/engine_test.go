@@ -12,7 +12,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -307,7 +306,7 @@ func TestStart(t *testing.T) {
 		// One start in three fails, the second works.
 		answer(1, "", notReady, "machine", "start", "--name", s.ID),
 		answer(0, "Machine 'x' running (PID: 1)\n", starting, "machine", "start", "--name", s.ID),
-		answer(0, statusJSON(s.ID, "unreachable", guestProc), "", "machine", "status", "--name", s.ID, "--json"),
+		answer(0, statusJSON(s.ID, "unreachable", guestProc.Pid), "", "machine", "status", "--name", s.ID, "--json"),
 		// Slow to answer: "not running" is not believed at once.
 		answer(1, "", notUp, "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
 		answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
@@ -316,7 +315,7 @@ func TestStart(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, f.Calls(t))
 	}
-	if want := fmt.Sprint("smolvm ", guestProc); recorded != want {
+	if want := fmt.Sprint("smolvm ", guestProc.Pid); recorded != want {
 		t.Errorf("recorded %q, want %q", recorded, want)
 	}
 	if st.Enforcement != (plan.Enforcement{Memory: "engine", CPUs: "engine", Pids: "none"}) {
@@ -338,16 +337,14 @@ func TestStart(t *testing.T) {
 	if err := st.Wait(short); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("Wait: %v", err)
 	}
-	if err := syscall.Kill(guestProc, syscall.SIGKILL); err != nil {
-		t.Error(err)
-	}
+	_ = guestProc.Kill()
 	if err := st.Wait(t.Context()); err != nil {
 		t.Errorf("Wait: %v", err)
 	}
 }
 
 // monitorFor plays a monitor, with folders open.
-func monitorFor(t *testing.T, paths ...string) int {
+func monitorFor(t *testing.T, paths ...string) *os.Process {
 	t.Helper()
 	c := exec.Command("sleep", "60")
 	c.ExtraFiles = openAll(t, paths...)
@@ -355,22 +352,7 @@ func monitorFor(t *testing.T, paths ...string) int {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
-	return c.Process.Pid
-}
-
-// endMonitor ends one of monitorFor's early, until nothing is left of it.
-func endMonitor(t *testing.T, pid int) {
-	t.Helper()
-	p, err := os.FindProcess(pid)
-	if err == nil {
-		err = p.Kill()
-	}
-	if err == nil {
-		_, err = p.Wait()
-	}
-	if err != nil {
-		t.Error(err)
-	}
+	return c.Process
 }
 
 func openAll(t *testing.T, paths ...string) (files []*os.File) {
@@ -494,7 +476,7 @@ func TestLateGuestIsStartedAgain(t *testing.T) {
 				recs = append(recs, answer(1, "", late, "machine", "start", "--name", s.ID))
 			}
 			recs = append(recs, answer(0, "", starting, "machine", "start", "--name", s.ID),
-				answer(0, statusJSON(s.ID, "running", monitor), "", "machine", "status", "--name", s.ID, "--json"),
+				answer(0, statusJSON(s.ID, "running", monitor.Pid), "", "machine", "status", "--name", s.ID, "--json"),
 				answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
 				answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
 				answer(0, "[]\n", "", "machine", "ls", "--json"))

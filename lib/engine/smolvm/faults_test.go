@@ -251,7 +251,7 @@ func TestExchangedFolder(t *testing.T) {
 		answer(0, created, "", createArgv(s)...),
 		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
 		answer(0, "", starting, "machine", "start", "--name", s.ID),
-		answer(0, statusJSON(s.ID, "running", monitor), "", "machine", "status", "--name", s.ID, "--json"),
+		answer(0, statusJSON(s.ID, "running", monitor.Pid), "", "machine", "status", "--name", s.ID, "--json"),
 		answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
 		answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
 		answer(0, "[]\n", "", "machine", "ls", "--json"))

@@ -88,7 +88,7 @@ func TestStartFromPack(t *testing.T) {
 		answer(0, created, "", argv...),
 		answer(0, vmDir(s)+"\n", "", append([]string{"machine", "data-dir", "--name", s.ID}, json...)...),
 		answer(0, "", starting, append([]string{"machine", "start", "--name", s.ID}, json...)...),
-		answer(0, statusJSON(s.ID, "running", monitor), "", append([]string{"machine", "status", "--name", s.ID, "--json"}, json...)...),
+		answer(0, statusJSON(s.ID, "running", monitor.Pid), "", append([]string{"machine", "status", "--name", s.ID, "--json"}, json...)...),
 		answer(0, "", "", "machine", "exec", "--name", s.ID, "--error-format", "json", "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
 	)
 	if _, err := e.Start(t.Context(), s); err != nil {

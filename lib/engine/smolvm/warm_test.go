@@ -189,7 +189,7 @@ func TestWarmStart(t *testing.T) {
 	e, f := scripted(t)
 	b := baseAt(t, s, f.Bin, vs)
 	prepared, copied := monitorFor(t), monitorFor(t, s.Workspace, s.Binds[0].Source)
-	rewrite(t, f.Env, records(b, prepared, copied))
+	rewrite(t, f.Env, records(b, prepared.Pid, copied.Pid))
 
 	st, err := e.Start(t.Context(), s)
 	if os.Geteuid() != 0 {
