@@ -119,7 +119,13 @@ func (c *command) pack(ctx context.Context, d *plan.Doc) error {
 			return err
 		}
 	}
-	if c.smolmachine && forSmolvm(b) && b.Image.Kind != image.KindHost {
+	switch {
+	case !c.smolmachine:
+	case !forSmolvm(b):
+		c.p.Warn("%s: no .smolmachine is made: the plan is not for smolvm", b.ID)
+	case b.Image.Kind == image.KindHost:
+		c.p.Warn("%s: no .smolmachine is made: the image is the host, which smolvm cannot take", b.ID)
+	default:
 		if err := c.makeSmolmachine(ctx, opts, section.Digest); err != nil {
 			return err
 		}
