@@ -244,8 +244,9 @@ var unsteady = []struct {
 	{regexp.MustCompile(`"created_at": \d+`), `"created_at": 1700000000`},
 	{regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`), "2023-11-14T22:13:20Z"},
 	{regexp.MustCompile(`\bvm-[0-9a-f]{8}\b`), "vm-00000000"},
-	// A package registry that an example of the help names: the project names none.
+	// Registries that examples of the help name: the project names none.
 	{regexp.MustCompile(`\bpypi` + `\.org\b`), "registry.example"},
+	{regexp.MustCompile(`\bghcr` + `\.io\b`), "registry.example"},
 	{regexp.MustCompile(`\blocal:[0-9a-f]{64}\b`), "local:" + strings.Repeat("0", 64)},
 }
 
