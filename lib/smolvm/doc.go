@@ -10,8 +10,8 @@
 // know what that one knows; if it does not, the error names the flag.
 //
 // What smolvm really answers was recorded from 1.9.1 and 1.32.2; the recordings
-// are in testscripts/transcripts/smolvm and are
-// replayed by testscripts/fakesmolvm. Arguments go to smolvm raw, flags in the order of the
+// are in testscripts/transcripts/smolvm and are replayed by
+// testscripts/fakesmolvm. Arguments go to smolvm raw, flags in the order of the
 // recordings. Nothing secret is ever an argument: see the exec functions.
 //
 // Every call has a time limit, ends with its context, and keeps at most a

@@ -412,7 +412,6 @@ func TestStartFails(t *testing.T) {
 	}
 }
 
-// A guest that is never ready is not tried twice: that would be a minute.
 // A newer smolvm that gave up a flag: the bottle is refused, the flag named, and a
 // version that has it.
 func TestNewerWithoutANeededFlag(t *testing.T) {
@@ -431,6 +430,7 @@ func TestNewerWithoutANeededFlag(t *testing.T) {
 	}
 }
 
+// A guest that is never ready is not tried twice: that would be a minute.
 func TestNeverReadyIsNotRetried(t *testing.T) {
 	s := newSpec(t)
 	e, f := scripted(t, version("1.9.1"),
@@ -758,7 +758,11 @@ func TestRealCreate(t *testing.T) {
 			if err := os.Mkdir(rootfsDir(s.Dir), 0o755); err != nil {
 				t.Fatal(err)
 			}
-			spec, err := createSpec(s)
+			vs, err := volumes(s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			spec, err := createSpec(s, vs)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -163,7 +163,11 @@ func TestRealPaths(t *testing.T) {
 			if err := errors.Join(stage(s), os.Mkdir(rootfsDir(s.Dir), 0o755)); err != nil {
 				t.Fatal(err)
 			}
-			spec, err := createSpec(s)
+			vs, err := volumes(s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			spec, err := createSpec(s, vs)
 			if err == nil {
 				err = c.MachineCreate(t.Context(), s.ID, spec)
 			}

@@ -134,11 +134,11 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 	if err := copyImage(ctx, s); err != nil {
 		return 0, err
 	}
-	spec, err := createSpec(s)
+	vs, err := volumes(s)
 	if err != nil {
 		return 0, err
 	}
-	vs, err := volumes(s) // what the Smolfile names, too
+	spec, err := createSpec(s, vs)
 	if err != nil {
 		return 0, err
 	}
@@ -236,11 +236,7 @@ func exchanged(path, why string) error {
 }
 
 // createSpec writes the Smolfile and gives what is left for the command line.
-func createSpec(s *engine.Spec) (smolvm.CreateSpec, error) {
-	vs, err := volumes(s)
-	if err != nil {
-		return smolvm.CreateSpec{}, err
-	}
+func createSpec(s *engine.Spec, vs []smolvm.Volume) (smolvm.CreateSpec, error) {
 	workload := []string{engine.GuestHelper, "init", engine.GuestConfig}
 	sockets := []smolvm.Socket{{Host: s.GateSocket, Guest: engine.GuestSocket}}
 	if s.Pack != "" {
