@@ -77,6 +77,9 @@ type Spec struct {
 	GateSocket string   // Socket transport: host path
 	Log        *os.File // engine's own log and the guest helper's stderr
 
+	// Self is a program of ours that serves mountns.Main; "" for none.
+	Self string
+
 	// Warm asks for a copy of a prepared guest instead of a new one; nil does not.
 	// An engine that has none, or none that is faster, refuses (78).
 	Warm *Warm
@@ -90,7 +93,6 @@ type Spec struct {
 type Warm struct {
 	Dir   string // folder of prepared guests, in the user's state folder; may not be there yet
 	Image string // digest of the image
-	Exe   string // a program of ours that serves mountns.Main
 }
 
 // Shown is what of the host a guest was given. The keeper notes it in the

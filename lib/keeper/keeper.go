@@ -319,13 +319,12 @@ func (k *keeper) spec() (*engine.Spec, error) {
 		HostUID: k.cfg.HostUID, HostGID: k.cfg.HostGID,
 		Log: log, Record: k.record,
 	}
+	if s.Self, err = os.Executable(); err != nil {
+		log.Close()
+		return nil, fault.New(fault.Host, "no_self", "this host does not tell a program's own path: %w", err)
+	}
 	if k.cfg.Warm {
-		exe, err := os.Executable()
-		if err != nil {
-			log.Close()
-			return nil, fault.New(fault.Host, "no_self", "this host does not tell a program's own path: %w", err)
-		}
-		s.Warm = &engine.Warm{Dir: k.root.Warm(), Image: k.cfg.Image, Exe: exe}
+		s.Warm = &engine.Warm{Dir: k.root.Warm(), Image: k.cfg.Image}
 	}
 	s.Env = k.plan.Environ()
 	guard, err := newGuard(k)

@@ -34,8 +34,8 @@ type Bind struct {
 // Verb is the argument by which a program knows that it is to call Main.
 const Verb = "in-mounts"
 
-// failed is Main's exit status: the program was never run.
-const failed = 125
+// Failed is Main's exit status: the program was never run.
+const Failed = 125
 
 // Launcher is Attach for a command that is yet to come.
 func Launcher(exe string, binds []Bind) func(*exec.Cmd) error {
@@ -95,7 +95,7 @@ func memfile(binds []Bind) (*os.File, error) {
 func Main(args []string, stderr io.Writer) int {
 	err := run(args)
 	fmt.Fprintf(stderr, "%s: %v\n", Verb, err)
-	return failed
+	return Failed
 }
 
 func run(args []string) error {

@@ -79,7 +79,7 @@ exit 7`, Bind{own, slot, false}, Bind{ro, ro, true})
 func TestWhatIsMissing(t *testing.T) {
 	slot := folder(t, "slot", "slot\n")
 	out, err := start(t, "echo ran", Bind{filepath.Join(slot, "none"), slot, false})
-	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != failed {
+	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != Failed {
 		t.Errorf("ended with %v", err)
 	}
 	if !strings.Contains(out, Verb+": "+slot+"/none at "+slot+": no such file or directory") || strings.Contains(out, "ran\n") {

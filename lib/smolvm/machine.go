@@ -182,6 +182,14 @@ func (c *Client) MachineStart(ctx context.Context, name string) error {
 	return c.verb(ctx, "start", name, c.startTimeout())
 }
 
+// MachineStartIn is MachineStart as launch has it: in a mount namespace, say, which
+// the guest's monitor is in from then on.
+func (c *Client) MachineStartIn(ctx context.Context, name string, launch Launch) error {
+	there := *c
+	there.launch = launch
+	return there.MachineStart(ctx, name)
+}
+
 // MachineStop ends the guest; a machine that does not run is a success.
 func (c *Client) MachineStop(ctx context.Context, name string) error {
 	return c.verb(ctx, "stop", name, c.bootTimeout())

@@ -120,6 +120,9 @@ func killCalls(ctx context.Context, id string) error {
 // else's is.
 func callFor(pid int, id string) bool {
 	argv := argvOf(pid)
+	if len(argv) > 2 && argv[1] == inMountsVerb {
+		argv = argv[2:] // about to become smolvm
+	}
 	if len(argv) > 1 && argv[1] != "machine" {
 		argv = argv[1:] // a script, behind its interpreter
 	}

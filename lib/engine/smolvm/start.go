@@ -30,12 +30,16 @@ import (
 //
 //	smolvm/machine.json   what Delete needs when smolvm knows nothing any more
 //	smolvm/guest/         the guest's /opt/bottle: helper, config, CA, requests
-//	smolvm/rootfs/        the image, a copy, unless there is a pack of it
+//	smolvm/rootfs/        the image, unless there is a pack of it: an empty folder
+//	                      where the guest's monitor sees the image, or a copy
 //	smolvm/Smolfile       the machine, as far as a Smolfile can describe it
 //
-// A copy, because smolvm attaches the folder of an image without the read-only
-// flag of its file server (source of 1.9.1, src/agent/launcher.rs): a guest that
-// is root in its kernel could write to it, and the cache is shared by bottles.
+// smolvm attaches the folder of an image without the read-only flag of its file
+// server (source of 1.9.1, src/agent/launcher.rs): a guest that is root in its
+// kernel could write to it, and the cache is shared by bottles. So the monitor runs
+// in a mount namespace in which the image cannot be written to; where a host has no
+// such thing, the bottle has a copy. Guests keep what they change on a disk of their
+// own in either case.
 const (
 	caBundle    = "ca-bundle.pem"
 	requestsDir = "run"
@@ -131,7 +135,7 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 		return 0, fault.New(fault.CantCreate, "cannot_create", "what the guest gets: %w", err).
 			WithHint("look at the disk that holds %s", s.Dir)
 	}
-	if err := copyImage(ctx, s); err != nil {
+	if err := placeImage(ctx, s); err != nil {
 		return 0, err
 	}
 	vs, err := volumes(s)
@@ -158,7 +162,7 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 
 // boot starts the machine and waits until commands run in it.
 func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec, pins pins) (pid int, err error) {
-	if err := startPatiently(ctx, c, s.ID, s.Dir); err != nil {
+	if err := startMachine(ctx, c, s); err != nil {
 		return 0, explainBoot(err, e.getenv, spoke(dataDirs(ctx, c, s.ID, s.Dir)))
 	}
 	if err := closeDataDir(s.ID, s.Dir); err != nil { // start may make it anew
@@ -195,12 +199,66 @@ func telling(ctx context.Context, c *smolvm.Client, id string) func(argv ...stri
 	}
 }
 
-// copyImage gives the bottle an image of its own, unless it has a pack of it.
-func copyImage(ctx context.Context, s *engine.Spec) error {
-	if s.Pack != "" {
+// placeImage makes the folder that the machine has its image from, unless it has a
+// pack of it.
+func placeImage(ctx context.Context, s *engine.Spec) error {
+	switch {
+	case s.Pack != "":
 		return nil
+	case !mountsOfItsOwn || s.Self == "":
+		return copyImage(ctx, s)
 	}
-	err := worktree.Copy(ctx, s.Rootfs, rootfsDir(s.Dir), nil)
+	if err := os.Mkdir(rootfsDir(s.Dir), 0o700); err != nil {
+		return fault.New(fault.CantCreate, "cannot_create", "the place of the image: %w", err).
+			WithHint("look at the disk that holds %s", s.Dir)
+	}
+	return nil
+}
+
+// startMachine boots the machine with its image: the shared one, or a copy where
+// that cannot be mounted, which only trying tells.
+func startMachine(ctx context.Context, c *smolvm.Client, s *engine.Spec) error {
+	if mountsOfItsOwn && s.Self != "" && isEmpty(rootfsDir(s.Dir)) {
+		err := patiently(ctx, c, s.ID, s.Dir, func(ctx context.Context, id string) error {
+			return c.MachineStartIn(ctx, id, withImage(s))
+		})
+		why, ok := notMounted(err)
+		if !ok {
+			return err
+		}
+		if s.Log != nil {
+			fmt.Fprintf(s.Log, "the image is copied, since it cannot be mounted: %q\n", why)
+		}
+		if err := copyImage(ctx, s); err != nil {
+			return err
+		}
+	}
+	return startPatiently(ctx, c, s.ID, s.Dir)
+}
+
+// isEmpty tells whether dir is a folder with nothing in it.
+func isEmpty(dir string) bool {
+	f, err := os.Open(dir)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	_, err = f.Readdirnames(1)
+	return errors.Is(err, io.EOF)
+}
+
+// copyImage gives the bottle an image of its own: all of it, or none.
+func copyImage(ctx context.Context, s *engine.Spec) error {
+	at, half := rootfsDir(s.Dir), rootfsDir(s.Dir)+".new"
+	err := state.RemoveAll(half)
+	if err == nil {
+		err = worktree.Copy(ctx, s.Rootfs, half, nil)
+	}
+	if err == nil {
+		if err = os.Remove(at); err == nil || errors.Is(err, os.ErrNotExist) { // the empty folder
+			err = os.Rename(half, at)
+		}
+	}
 	if err == nil || ctx.Err() != nil {
 		return err
 	}

@@ -30,7 +30,8 @@ func newWarmSpec(t *testing.T) *engine.Spec {
 	if err := os.MkdirAll(run, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	s.Warm = &engine.Warm{Dir: filepath.Join(s.RunDir, "warm"), Image: "sha256:1", Exe: exe}
+	s.Warm = &engine.Warm{Dir: filepath.Join(s.RunDir, "warm"), Image: "sha256:1"}
+	s.Self = exe
 	s.RunDir, s.GateSocket = run, filepath.Join(run, "gate.sock")
 	return s
 }
