@@ -22,8 +22,9 @@ tools:
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(TOOLS))
 
 # A nested module: its graph stays out of the product's. About two minutes cold.
-$(BIN)/bottle-runsc: tools/runsc/main.go tools/runsc/go.mod tools/runsc/go.sum
+$(BIN)/bottle-runsc: $(wildcard tools/runsc/*.go tools/runsc/filters/*.go tools/runsc/filters/programs/*) tools/runsc/go.mod tools/runsc/go.sum
 	@mkdir -p $(BIN)
+	cd tools/runsc && $(GO) run ./filters >filters_gen.go.new && mv filters_gen.go.new filters_gen.go
 	cd tools/runsc && $(GO) build -trimpath -ldflags '-s -w -X gvisor.dev/gvisor/runsc/version.version=$(RUNSC_VERSION)' -o ../../$@ .
 
 .PHONY: demo

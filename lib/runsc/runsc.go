@@ -8,6 +8,7 @@ package runsc
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"debug/elf"
 	"encoding/json"
@@ -261,6 +262,15 @@ type RunOptions struct {
 	SysProcAttr *unix.SysProcAttr
 }
 
+// roomDescriptor keeps the sandbox from waiting 5 to 15 ms for nothing. It moves
+// its standard streams to 253 and up (startingStdioFD in runsc/boot/loader.go), and
+// a process with threads whose table of descriptors has to grow waits for an RCU
+// grace period (expand_fdtable in the kernel's fs/file.c). One that is forked by a
+// process with a descriptor as high as this has the room from the start. gVisor has
+// a C program for it, "prewarmer", that its Go module comes without.
+// tools/runsc closes it in the sandbox.
+const roomDescriptor = 252
+
 // Run starts a sandbox and returns when its first process runs (run --detach:
 // one process, where create and start would be two). The sandbox outlives the
 // caller. Call it on a locked thread if SysProcAttr has a Pdeathsig.
@@ -285,14 +295,13 @@ func (r Runsc) Run(ctx context.Context, o RunOptions) error {
 	defer log.Close()
 	cmd := r.command(ctx, append([]string{"--log=/proc/self/fd/4"}, append(args, o.ID)...)...)
 	cmd.Stdout, cmd.Stderr = o.Output, o.Output
-	pass := o.Pass
-	if pass == nil {
-		if pass, err = os.Open(os.DevNull); err != nil {
-			return &Error{Verb: "run", Status: -1, Err: err}
-		}
-		defer pass.Close()
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return &Error{Verb: "run", Status: -1, Err: err}
 	}
-	cmd.ExtraFiles = []*os.File{pass, log}
+	defer null.Close()
+	cmd.ExtraFiles = make([]*os.File, roomDescriptor-3+1)
+	cmd.ExtraFiles[0], cmd.ExtraFiles[1], cmd.ExtraFiles[roomDescriptor-3] = cmp.Or(o.Pass, null), log, null
 	cmd.SysProcAttr = o.SysProcAttr
 	if err := cmd.Start(); err != nil {
 		return &Error{Verb: "run", Status: -1, Err: err}

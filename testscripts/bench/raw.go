@@ -25,6 +25,8 @@ import (
 // wants its keeper.
 type raw struct {
 	w      *world
+	stock  string   // runsc as gVisor's Go module makes it, of the version that bottle-runsc is
+	slim   string   // bottle-runsc
 	bottle string   // whose configuration it is; it runs until the end
 	flags  []string // runsc's global ones, without --root and --log
 	bundle string
@@ -45,13 +47,17 @@ exec '%[2]s' "$@"
 `
 
 func newRaw(w *world) (*raw, error) {
+	stock, err := stockRunsc(w)
+	if err != nil {
+		return nil, err
+	}
+	r := &raw{w: w, stock: stock, slim: filepath.Join(w.bin, "bottle-runsc")}
 	dir := filepath.Join(w.dir, "raw")
 	path := filepath.Join(dir, "bottle-runsc")
-	script := fmt.Sprintf(wrapper, dir, filepath.Join(w.bin, "bottle-runsc"))
+	script := fmt.Sprintf(wrapper, dir, r.slim)
 	if err := os.WriteFile(path, []byte(script), 0o700); err != nil {
 		return nil, err
 	}
-	r := &raw{w: w}
 	looked := make(chan error, 1)
 	go func() { looked <- errors.Join(r.look(dir), os.WriteFile(filepath.Join(dir, "go"), nil, 0o600)) }()
 	other := *w
@@ -59,6 +65,34 @@ func newRaw(w *world) (*raw, error) {
 	id, err := other.up(4)
 	r.bottle = id
 	return r, errors.Join(err, <-looked)
+}
+
+// stockRunsc builds gVisor's own runsc once, below the user's cache folder: what
+// there is without this project.
+func stockRunsc(w *world) (string, error) {
+	module := filepath.Join(w.repo, "tools", "runsc")
+	command := func(args ...string) ([]byte, error) {
+		cmd := exec.CommandContext(w.ctx, "go", args...)
+		cmd.Dir, cmd.Env, cmd.Stderr = module, append(os.Environ(), "CGO_ENABLED=0"), os.Stderr
+		return cmd.Output()
+	}
+	version, err := command("list", "-m", "-f", "{{.Version}}", "gvisor.dev/gvisor")
+	if err != nil {
+		return "", fmt.Errorf("the version of gVisor: %w", err)
+	}
+	base, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(base, "bottle-bench", "runsc-"+strings.TrimSpace(string(version)))
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
+	fmt.Fprintln(os.Stderr, "bench: building gVisor's own runsc, once: it may take minutes")
+	if _, err := command("build", "-trimpath", "-ldflags", "-s -w", "-o", path, "gvisor.dev/gvisor/runsc"); err != nil {
+		return "", fmt.Errorf("gVisor's own runsc: %w", err)
+	}
+	return path, nil
 }
 
 // look waits for the wrapper and takes its arguments, its configuration and its
@@ -128,14 +162,15 @@ func rewrite(path, dir string) error {
 
 // sandbox is one that raw runsc started.
 type sandbox struct {
-	raw      *raw
-	id, root string
+	raw             *raw
+	runsc, id, root string
 }
 
-// fresh names a sandbox with a state folder of its own, as a bottle has.
-func (r *raw) fresh() (*sandbox, error) {
+// fresh names a sandbox of runsc's (stock or slim), with a state folder of its
+// own, as a bottle has.
+func (r *raw) fresh(runsc string) (*sandbox, error) {
 	n := strconv.FormatInt(r.next.Add(1), 10)
-	s := &sandbox{raw: r, id: "raw-" + n, root: filepath.Join(r.w.dir, "raw", n)}
+	s := &sandbox{raw: r, runsc: runsc, id: "raw-" + n, root: filepath.Join(r.w.dir, "raw", n)}
 	return s, os.Mkdir(s.root, 0o700)
 }
 
@@ -150,7 +185,7 @@ func (s *sandbox) remove() error {
 // call runs runsc, with no environment, in the namespace of the bundle.
 func (s *sandbox) call(args ...string) error {
 	return s.raw.inside(func() error {
-		cmd := exec.Command(filepath.Join(s.raw.w.bin, "bottle-runsc"), slices.Concat([]string{"--root=" + s.root}, s.raw.flags, args)...)
+		cmd := exec.Command(s.runsc, slices.Concat([]string{"--root=" + s.root}, s.raw.flags, args)...)
 		cmd.Env, cmd.Dir = []string{}, "/"
 		// A file: the sandbox keeps stderr, and nobody waits for its end.
 		said, err := os.CreateTemp(s.raw.w.dir, "runsc.*")

@@ -8,12 +8,12 @@ import (
 	"path/filepath"
 )
 
-// warm puts a sandbox that raw runsc restores from a checkpoint beside one that it
+// warm puts a sandbox that bottle-runsc restores from a checkpoint beside one that it
 // starts: the same one, with nothing in it but its first process, which is the
 // least that a restore takes. It is the reason why engine gvisor has no --warm.
 func (b *bench) warm() error {
 	image := filepath.Join(b.w.dir, "raw", "checkpoint")
-	first, err := b.raw.fresh()
+	first, err := b.raw.fresh(b.raw.slim)
 	if err == nil {
 		err = first.run()
 	}
@@ -27,7 +27,7 @@ func (b *bench) warm() error {
 	var box *sandbox
 	start := func(how func() error) func() error {
 		return func() (err error) {
-			if box, err = b.raw.fresh(); err != nil {
+			if box, err = b.raw.fresh(b.raw.slim); err != nil {
 				return err
 			}
 			return how()
@@ -39,7 +39,7 @@ func (b *bench) warm() error {
 	if err != nil {
 		return err
 	}
-	b.emit(newRow("restored from a checkpoint", "ms", restored, "runsc run", cold, ratioAtLeast("slower, so no --warm", 1)))
+	b.emit(newRow("restored from a checkpoint", "ms", restored, "bottle-runsc run", cold, ratioAtLeast("slower, so no --warm", 1)))
 	return nil
 }
 

@@ -397,6 +397,35 @@ func TestEngineTrouble(t *testing.T) {
 	})
 }
 
+// TestFiltersAreCompiled: the seccomp programs of a bottle's sandbox and of its
+// file server are those that were compiled with bottle-runsc, in all its modes.
+func TestFiltersAreCompiled(t *testing.T) {
+	harness.EachUser(t, func(t *testing.T, w *harness.World) {
+		w.Manifest(plain)
+		w.OK("mkdir log")
+		engine := w.Write("engine.sh", "#!/bin/sh\nexec "+filepath.Join(w.Bin, "bottle-runsc")+` --debug --debug-log=`+filepath.Join(w.Dir, "log")+`/ "$@"`+"\n")
+		w.OK("chmod 755 engine.sh")
+		id := strings.TrimSpace(w.OK("bottle-plan | BOTTLE_RUNSC=" + engine + " bottle-vm up --print-id"))
+		for _, part := range []string{"boot", "gofer"} {
+			logs, err := filepath.Glob(filepath.Join(w.Dir, "log", "*."+part+".txt"))
+			if err != nil || len(logs) != 1 {
+				t.Fatalf("logs of %s: %v, %v", part, logs, err)
+			}
+			text := w.Read(logs[0])
+			if !strings.Contains(text, "Loaded precompiled seccomp instructions") || strings.Contains(text, "No precompiled program found") {
+				t.Errorf("%s: its program was compiled at its start", part)
+			}
+			for line := range strings.Lines(text) {
+				if strings.Contains(line, "Remapped stdio FDs") {
+					t.Log(strings.TrimSpace(line)) // how long it took: docs/benchmarks.md
+				}
+			}
+		}
+		w.OK("bottle-vm exec " + id + " -- true && bottle-vm down " + id + " && rm -r log engine.sh")
+		w.Gone()
+	})
+}
+
 // TestSmolvmTrouble: runtime smolvm without a smolvm, with a program that is
 // none, and with one that answers as recorded and knows no bottle of ours.
 func TestSmolvmTrouble(t *testing.T) {

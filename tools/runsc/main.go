@@ -11,6 +11,8 @@
 package main
 
 import (
+	"os"
+
 	"gvisor.dev/gvisor/runsc/cli"
 	"gvisor.dev/gvisor/runsc/cmd"
 	"gvisor.dev/gvisor/runsc/cmd/sentry/sentrycmd"
@@ -20,6 +22,7 @@ import (
 const internalGroup = "internal use only"
 
 func main() {
+	quicken(os.Args)
 	cli.Run(nil, map[util.SubCommand]string{
 		new(cmd.Checkpoint): "",
 		new(cmd.Create):     "",
