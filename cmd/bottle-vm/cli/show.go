@@ -207,12 +207,23 @@ func (v *vm) tail(ctx context.Context, b *state.Bottle, paths []string, follow b
 			files = append(files, f)
 		}
 	}
-	for {
-		_, gone := os.Lstat(b.Dir)
+	return following(ctx, b, follow, func() error {
 		for _, f := range files {
 			if _, err := io.Copy(v.p.Stdout, f); err != nil {
 				return copied(err)
 			}
+		}
+		return nil
+	})
+}
+
+// following copies once, and if follow is set again and again, until the bottle
+// is gone or ctx ends.
+func following(ctx context.Context, b *state.Bottle, follow bool, copyMore func() error) error {
+	for {
+		_, gone := os.Lstat(b.Dir) // before the copying, which then has the last words too
+		if err := copyMore(); err != nil {
+			return err
 		}
 		if !follow || gone != nil {
 			return nil
@@ -239,12 +250,11 @@ func (v *vm) decisions(ctx context.Context, b *state.Bottle, follow bool) error 
 		return err
 	}
 	defer r.Close()
-	for {
-		_, gone := os.Lstat(b.Dir)
+	return following(ctx, b, follow, func() error {
 		for {
 			l, err := r.Next()
 			if err == io.EOF {
-				break
+				return nil
 			}
 			if err != nil {
 				return err
@@ -253,15 +263,7 @@ func (v *vm) decisions(ctx context.Context, b *state.Bottle, follow bool) error 
 				return copied(err)
 			}
 		}
-		if !follow || gone != nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(200 * time.Millisecond):
-		}
-	}
+	})
 }
 
 func (v *vm) diffCommand() *tool.Command {
