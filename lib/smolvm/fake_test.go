@@ -206,6 +206,9 @@ func TestRecordedLifecycle(t *testing.T) {
 		if _, err := c.MachineExec(ctx, "vm-a", ExecOptions{}, "true"); !errors.Is(err, ErrNotRunning) {
 			t.Errorf("exec on created: %v", err)
 		}
+		if pid, err := c.MachineStartIn(ctx, "vm-a", nil); err != nil || pid < 1 {
+			t.Errorf("start tells pid %d, %v", pid, err)
+		}
 		if err := c.MachineStart(ctx, "vm-a"); err != nil {
 			t.Error(err)
 		}
@@ -275,6 +278,17 @@ func TestRecordedRefusals(t *testing.T) {
 	old, _ := replay(t, "1.9.1")
 	if err := old.MachineStart(t.Context(), "t1"); !errors.Is(err, ErrBootExited) {
 		t.Errorf("start that failed: %v", err)
+	}
+}
+
+func TestStartedPID(t *testing.T) {
+	for out, want := range map[string]int{
+		"Machine 'a' running (PID: 12)\n": 12, "Machine 'a' already running (PID: 12)\n": 12, "": 0, "Machine 'a' running\n": 0,
+		"Machine 'a' running (PID: )\n": 0, "Machine 'a' running (PID: -3)\n": 0, "Machine 'a' running (PID: 12": 0, "Machine 'a' running (PID: 1x)\n": 0,
+	} {
+		if got := startedPID(out); got != want {
+			t.Errorf("%q: %d, want %d", out, got, want)
+		}
 	}
 }
 

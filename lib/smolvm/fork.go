@@ -11,7 +11,8 @@ func (c *Client) MachineStartForkable(ctx context.Context, name string) error {
 	if c.Version.Less(SinceFork) {
 		return unsupported("machine start", c.Version, SinceFork, "--forkable")
 	}
-	return c.verb(ctx, "start", name, c.bootTimeout(), "--forkable")
+	_, err := c.verb(ctx, "start", name, c.bootTimeout(), "--forkable")
+	return err
 }
 
 // MachineFork makes the new machine name, a running copy of base: its memory, its

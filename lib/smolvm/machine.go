@@ -179,29 +179,43 @@ func (c *Client) MachineCreate(ctx context.Context, name string, s CreateSpec) e
 // on, unknown to smolvm: even MachineDelete then leaves it running. Whoever ends
 // a start has to look for it by MachineDataDir.
 func (c *Client) MachineStart(ctx context.Context, name string) error {
-	return c.verb(ctx, "start", name, c.startTimeout())
+	_, err := c.verb(ctx, "start", name, c.startTimeout())
+	return err
 }
 
 // MachineStartIn is MachineStart as launch has it: in a mount namespace, say, which
-// the guest's monitor is in from then on.
-func (c *Client) MachineStartIn(ctx context.Context, name string, launch Launch) error {
+// the guest's monitor is in from then on. pid is the monitor's, as smolvm says; 0
+// where it does not. Nil leaves the start as it is.
+func (c *Client) MachineStartIn(ctx context.Context, name string, launch Launch) (pid int, err error) {
 	there := *c
 	there.launch = launch
-	return there.MachineStart(ctx, name)
+	r, err := there.verb(ctx, "start", name, c.startTimeout())
+	return startedPID(string(r.Stdout)), err
+}
+
+// startedPID reads "Machine 'NAME' running (PID: N)".
+func startedPID(out string) int {
+	_, rest, _ := strings.Cut(out, " (PID: ")
+	digits, _, ok := strings.Cut(rest, ")")
+	pid, err := strconv.Atoi(digits)
+	if !ok || err != nil || pid < 1 {
+		return 0
+	}
+	return pid
 }
 
 // MachineStop ends the guest; a machine that does not run is a success.
 func (c *Client) MachineStop(ctx context.Context, name string) error {
-	return c.verb(ctx, "stop", name, c.bootTimeout())
+	_, err := c.verb(ctx, "stop", name, c.bootTimeout())
+	return err
 }
 
-func (c *Client) verb(ctx context.Context, verb, name string, limit time.Duration, flags ...string) error {
+func (c *Client) verb(ctx context.Context, verb, name string, limit time.Duration, flags ...string) (Result, error) {
 	args, err := c.named(verb, name)
 	if err != nil {
-		return err
+		return Result{}, err
 	}
-	_, err = c.call(ctx, "machine "+verb, limit, c.common(append(args, flags...)))
-	return err
+	return c.call(ctx, "machine "+verb, limit, c.common(append(args, flags...)))
 }
 
 // MachineDelete stops and removes the machine. It always passes -f and then

@@ -21,7 +21,7 @@ func again(t *testing.T, change func(*engine.Spec)) (s *engine.Spec, calls func(
 	first, second := monitorFor(t, folders...), monitorFor(t, folders...)
 	status := []string{"machine", "status", "--name", s.ID, "--json"}
 	start := answer(0, "Machine 'x' running (PID: 1)\n", starting, "machine", "start", "--name", s.ID)
-	ready := answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock")
+	ready := answer(0, "", "", awaits(s.ID)...)
 	e, f := scripted(t, version("1.9.1"),
 		answer(0, created, "", createArgv(s)...),
 		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),

@@ -275,6 +275,16 @@ func createArgv(s *engine.Spec) []string {
 		"--mount-socket", s.GateSocket + ":/run/bottle/gate.sock"}
 }
 
+// awaits is how the guest is asked whether it is ready, and which folders it has.
+func awaits(id string, flags ...string) []string {
+	argv := append([]string{"machine", "exec", "--name", id}, flags...)
+	argv = append(argv, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock")
+	if runtime.GOOS == "linux" {
+		argv = append(argv, "/workspace", "/opt/extra")
+	}
+	return argv
+}
+
 func wantSmolfile(s *engine.Spec) string {
 	return fmt.Sprintf(`entrypoint = ["/opt/bottle/guest", "init", "/opt/bottle/config.json"]
 env = ["LANG=C.UTF-8"]
@@ -308,8 +318,8 @@ func TestStart(t *testing.T) {
 		answer(0, "Machine 'x' running (PID: 1)\n", starting, "machine", "start", "--name", s.ID),
 		answer(0, statusJSON(s.ID, "unreachable", guestProc.Pid), "", "machine", "status", "--name", s.ID, "--json"),
 		// Slow to answer: "not running" is not believed at once.
-		answer(1, "", notUp, "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
-		answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
+		answer(1, "", notUp, awaits(s.ID)...),
+		answer(0, "", "", awaits(s.ID)...),
 	)
 	st, err := e.Start(t.Context(), s)
 	if err != nil {
@@ -477,7 +487,7 @@ func TestLateGuestIsStartedAgain(t *testing.T) {
 			}
 			recs = append(recs, answer(0, "", starting, "machine", "start", "--name", s.ID),
 				answer(0, statusJSON(s.ID, "running", monitor.Pid), "", "machine", "status", "--name", s.ID, "--json"),
-				answer(0, "", "", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
+				answer(0, "", "", awaits(s.ID)...),
 				answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
 				answer(0, "[]\n", "", "machine", "ls", "--json"))
 			e, f := scripted(t, recs...)
@@ -502,7 +512,7 @@ func TestHelperFails(t *testing.T) {
 		answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
 		answer(0, "", starting, "machine", "start", "--name", s.ID),
 		answer(0, statusJSON(s.ID, "running", 0), "", "machine", "status", "--name", s.ID, "--json"),
-		answer(125, "", "bottle-guest: error: the helper is not ready\n", "machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
+		answer(125, "", "bottle-guest: error: the helper is not ready\n", awaits(s.ID)...),
 		answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
 		answer(0, "[]\n", "", "machine", "ls", "--json"),
 	)
@@ -523,7 +533,7 @@ func TestSocketIsMissing(t *testing.T) {
 		answer(0, "", starting, "machine", "start", "--name", s.ID),
 		answer(0, statusJSON(s.ID, "running", 0), "", "machine", "status", "--name", s.ID, "--json"),
 		answer(123, "", "bottle-guest: error: the gate's socket: dial unix /run/bottle/gate.sock: connect: no such file or directory\n",
-			"machine", "exec", "--name", s.ID, "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
+			awaits(s.ID)...),
 		answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
 		answer(0, "[]\n", "", "machine", "ls", "--json"),
 	)

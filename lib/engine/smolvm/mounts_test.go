@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/mountns"
@@ -100,7 +101,7 @@ func TestImageIsShared(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := startMachine(t.Context(), c, s); err != nil {
+	if _, err := startMachine(t.Context(), c, s); err != nil {
 		t.Fatal(err)
 	}
 	if got := seen(); got != want+want {
@@ -153,12 +154,40 @@ func TestImageIsCopiedWhereNothingCanBeMounted(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := startMachine(t.Context(), c, s); err != nil {
+			if _, err := startMachine(t.Context(), c, s); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := os.Stat(rootfsDir(s.Dir) + "/new"); err != nil {
 				t.Errorf("it was copied again: %v", err)
 			}
 		})
+	}
+}
+
+// What a start tells of the monitor's process is believed where it is this
+// machine's; else smolvm is asked.
+func TestMonitorThatTheStartTells(t *testing.T) {
+	s := newSpec(t)
+	if err := os.MkdirAll(ownDir(s.Dir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := (machineRecord{Name: s.ID, DataDir: vmDir(s)}).save(s.Dir); err != nil {
+		t.Fatal(err)
+	}
+	ours := play(t, "_boot-vm", vmDir(s)+"/boot-config.json").Process.Pid
+	other := play(t, "_boot-vm", vmDir(s)+"-other/boot-config.json").Process.Pid
+	time.Sleep(100 * time.Millisecond) // until each has its argv
+	for said, asked := range map[int]bool{ours: false, other: true, 0: true} {
+		e, f := scripted(t, version("1.9.1"), answer(0, statusJSON(s.ID, "running", ours), "", "machine", "status", "--name", s.ID, "--json"))
+		c, err := e.client(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		recorded := 0
+		s.Record = func(_ string, pid int) error { recorded = pid; return nil }
+		pid, err := recordMonitor(t.Context(), c, s, said)
+		if pid != ours || recorded != ours || err != nil || strings.Contains(f.Calls(t), `"status"`) != asked {
+			t.Errorf("%d (of %d): %d, recorded %d, %v\n%s", said, ours, pid, recorded, err, f.Calls(t))
+		}
 	}
 }

@@ -89,7 +89,7 @@ func TestStartFromPack(t *testing.T) {
 		answer(0, vmDir(s)+"\n", "", append([]string{"machine", "data-dir", "--name", s.ID}, json...)...),
 		answer(0, "", starting, append([]string{"machine", "start", "--name", s.ID}, json...)...),
 		answer(0, statusJSON(s.ID, "running", monitor.Pid), "", append([]string{"machine", "status", "--name", s.ID, "--json"}, json...)...),
-		answer(0, "", "", "machine", "exec", "--name", s.ID, "--error-format", "json", "--", "/opt/bottle/guest", "await", "127.0.0.1:3128", "/run/bottle/gate.sock"),
+		answer(0, "", "", awaits(s.ID, "--error-format", "json")...),
 	)
 	if _, err := e.Start(t.Context(), s); err != nil {
 		t.Fatalf("%v\n%s", err, f.Calls(t))

@@ -9,4 +9,6 @@ func pin([]smolvm.Volume) (pins, error) { return pins{}, nil }
 
 func (pins) close() {}
 
-func (pins) mounted(int, func(...string) ([]byte, error)) error { return nil }
+func (pins) folders() []string { return nil }
+
+func (pins) mounted(int, func() ([]byte, error)) error { return nil }

@@ -11,7 +11,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/smolvm"
 )
 
@@ -58,9 +57,18 @@ func (ps pins) close() {
 	}
 }
 
+// folders are their places in the guest.
+func (ps pins) folders() []string {
+	var all []string
+	for _, f := range ps {
+		all = append(all, f.guest)
+	}
+	return all
+}
+
 // mounted makes sure that the guest has these folders, and not what took their
-// places. inGuest runs a command in the guest.
-func (ps pins) mounted(pid int, inGuest func(argv ...string) ([]byte, error)) error {
+// places. inodes gives what the guest tells of theirs.
+func (ps pins) mounted(pid int, inodes func() ([]byte, error)) error {
 	err := ps.heldBy(pid)
 	if !errors.Is(err, fs.ErrPermission) {
 		return err
@@ -69,7 +77,7 @@ func (ps pins) mounted(pid int, inGuest func(argv ...string) ([]byte, error)) er
 	if err := ps.still(); err != nil {
 		return err
 	}
-	return ps.seen(inGuest)
+	return ps.seen(inodes)
 }
 
 // heldBy looks at what the guest's monitor has open: its file server keeps the
@@ -120,18 +128,14 @@ func (ps pins) still() error {
 	return nil
 }
 
-// seen asks the guest for the inode numbers of its folders. The helper answers, of
-// which the image has no say; another folder with the same number would have to
-// be on another file system.
-func (ps pins) seen(inGuest func(argv ...string) ([]byte, error)) error {
+// seen compares the inode numbers that the guest tells of its folders. The helper
+// answers, of which the image has no say; another folder with the same number would
+// have to be on another file system.
+func (ps pins) seen(inodes func() ([]byte, error)) error {
 	if len(ps) == 0 {
 		return nil
 	}
-	argv := []string{engine.GuestHelper, "inodes"}
-	for _, f := range ps {
-		argv = append(argv, f.guest)
-	}
-	out, err := inGuest(argv...)
+	out, err := inodes()
 	if err != nil {
 		return err
 	}

@@ -162,35 +162,43 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 
 // boot starts the machine and waits until commands run in it.
 func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec, pins pins) (pid int, err error) {
-	if err := startMachine(ctx, c, s); err != nil {
+	booted, err := startMachine(ctx, c, s)
+	if err != nil {
 		return 0, explainBoot(err, e.getenv, spoke(dataDirs(ctx, c, s.ID, s.Dir)))
 	}
 	if err := closeDataDir(s.ID, s.Dir); err != nil { // start may make it anew
 		return 0, err
 	}
-	if pid, err = recordMonitor(ctx, c, s); err != nil {
+	if pid, err = recordMonitor(ctx, c, s, booted); err != nil {
 		return 0, err
 	}
-	if err := probe(ctx, c, s.ID); err != nil {
+	inodes, err := probe(ctx, c, s.ID, pins.folders())
+	if err != nil {
 		return 0, err
 	}
 	// All folders are mounted by now.
-	return pid, pins.mounted(pid, telling(ctx, c, s.ID))
+	return pid, pins.mounted(pid, func() ([]byte, error) { return inodes, nil })
 }
 
-// recordMonitor writes the process of the guest into the bottle's record.
-func recordMonitor(ctx context.Context, c *smolvm.Client, s *engine.Spec) (pid int, err error) {
-	m, err := c.MachineStatus(ctx, s.ID)
-	if err == nil && m.PID > 0 && s.Record != nil {
-		err = s.Record("smolvm", m.PID)
+// recordMonitor writes the process of the guest into the bottle's record. said is
+// what the start told of it; smolvm is asked where that is not this guest's.
+func recordMonitor(ctx context.Context, c *smolvm.Client, s *engine.Spec, said int) (pid int, err error) {
+	pid = said
+	if pid <= 0 || !monitorOf(pid, notedDir(s.ID, s.Dir)) {
+		var m smolvm.Machine
+		m, err = c.MachineStatus(ctx, s.ID)
+		pid = m.PID
 	}
-	return m.PID, err
+	if err == nil && pid > 0 && s.Record != nil {
+		err = s.Record("smolvm", pid)
+	}
+	return pid, err
 }
 
-// telling runs a command in the guest for what it prints.
-func telling(ctx context.Context, c *smolvm.Client, id string) func(argv ...string) ([]byte, error) {
-	return func(argv ...string) ([]byte, error) {
-		r, err := firstExec(ctx, c, id, argv...)
+// telling asks the guest for the inode numbers of folders.
+func telling(ctx context.Context, c *smolvm.Client, id string, folders []string) func() ([]byte, error) {
+	return func() ([]byte, error) {
+		r, err := firstExec(ctx, c, id, append([]string{engine.GuestHelper, "inodes"}, folders...)...)
 		if err == nil && r.Code != 0 {
 			err = fault.New(fault.Unavailable, "guest_failed", "the guest does not tell what it was given: status %d, %.200q", r.Code, r.Stderr).
 				WithHint("see what it said with: smolvm machine logs")
@@ -216,24 +224,30 @@ func placeImage(ctx context.Context, s *engine.Spec) error {
 }
 
 // startMachine boots the machine with its image: the shared one, or a copy where
-// that cannot be mounted, which only trying tells.
-func startMachine(ctx context.Context, c *smolvm.Client, s *engine.Spec) error {
-	if mountsOfItsOwn && s.Self != "" && isEmpty(rootfsDir(s.Dir)) {
-		err := patiently(ctx, c, s.ID, s.Dir, func(ctx context.Context, id string) error {
-			return c.MachineStartIn(ctx, id, withImage(s))
+// that cannot be mounted, which only trying tells. pid is the monitor's, as smolvm
+// says; 0 where it does not.
+func startMachine(ctx context.Context, c *smolvm.Client, s *engine.Spec) (pid int, err error) {
+	start := func(launch smolvm.Launch) error {
+		return patiently(ctx, c, s.ID, s.Dir, func(ctx context.Context, id string) (err error) {
+			pid, err = c.MachineStartIn(ctx, id, launch)
+			return err
 		})
+	}
+	if mountsOfItsOwn && s.Self != "" && isEmpty(rootfsDir(s.Dir)) {
+		err := start(withImage(s))
 		why, ok := notMounted(err)
 		if !ok {
-			return err
+			return pid, err
 		}
 		if s.Log != nil {
 			fmt.Fprintf(s.Log, "the image is copied, since it cannot be mounted: %q\n", why)
 		}
 		if err := copyImage(ctx, s); err != nil {
-			return err
+			return 0, err
 		}
 	}
-	return startPatiently(ctx, c, s.ID, s.Dir)
+	err = start(nil)
+	return pid, err
 }
 
 // isEmpty tells whether dir is a folder with nothing in it.
@@ -533,20 +547,21 @@ func spoke(dirs []string) bool {
 
 // probe waits until commands run in the guest, the helper relays, and the keeper
 // has answered on the gate's socket: smolvm has dropped sockets that it was asked
-// for without a word ("machine create --from", its fix 746).
-func probe(ctx context.Context, c *smolvm.Client, id string) error {
-	r, err := firstExec(ctx, c, id, engine.GuestHelper, "await", engine.GuestProxy, engine.GuestSocket)
+// for without a word ("machine create --from", its fix 746). It gives what the guest
+// tells of the inode numbers of folders, which a call of its own would have to ask.
+func probe(ctx context.Context, c *smolvm.Client, id string, folders []string) (inodes []byte, err error) {
+	r, err := firstExec(ctx, c, id, append([]string{engine.GuestHelper, "await", engine.GuestProxy, engine.GuestSocket}, folders...)...)
 	switch {
 	case err != nil:
-		return err
+		return nil, err
 	case r.Code == runner.NoGate:
-		return fault.New(fault.Unavailable, "gate_socket_missing", "the guest runs, but the gate's socket is not in it: %.200q", r.Stderr).
+		return nil, fault.New(fault.Unavailable, "gate_socket_missing", "the guest runs, but the gate's socket is not in it: %.200q", r.Stderr).
 			WithHint("this smolvm (%s) did not do what --mount-socket asks for; install another version, or use runtime gvisor", c.Version)
 	case r.Code != 0:
-		return fault.New(fault.Unavailable, "guest_failed", "the guest helper did not get ready: status %d, %.200q", r.Code, r.Stderr).
+		return nil, fault.New(fault.Unavailable, "guest_failed", "the guest helper did not get ready: status %d, %.200q", r.Code, r.Stderr).
 			WithHint("see what it said with: smolvm machine logs; the image has to be of this machine's architecture")
 	}
-	return nil
+	return r.Stdout, nil
 }
 
 // firstExec runs a command in a guest that has just been started, and waits for

@@ -452,7 +452,7 @@ func (e *Engine) copyBase(ctx context.Context, c *smolvm.Client, s *engine.Spec,
 	if err := remember(ctx, c, s.ID, s.Dir, shownBy(vs, s.GateSocket)); err != nil {
 		return 0, err
 	}
-	pid, err := recordMonitor(ctx, c, s)
+	pid, err := recordMonitor(ctx, c, s, 0)
 	if err != nil {
 		return 0, err
 	}
@@ -460,7 +460,7 @@ func (e *Engine) copyBase(ctx context.Context, c *smolvm.Client, s *engine.Spec,
 		return 0, err
 	}
 	b.WarmMS = time.Since(begun).Milliseconds()
-	return pid, join(b.save(), pins.mounted(pid, telling(ctx, c, s.ID)))
+	return pid, join(b.save(), pins.mounted(pid, telling(ctx, c, s.ID, pins.folders())))
 }
 
 // closeSoon closes smolvm's folder of a machine that is about to be copied as

@@ -6,9 +6,12 @@
 //	/opt/bottle/guest run MARKER      what /opt/bottle/run/MARKER.json asks for
 //	/opt/bottle/guest ran MARKER      the status it ended with, as JSON
 //	/opt/bottle/guest signal MARKER N send signal N to it
-//	/opt/bottle/guest await ADDRESS SOCKET
+//	/opt/bottle/guest await ADDRESS SOCKET [FOLDER...]
 //	                                  end when the helper's relay listens and the
-//	                                  keeper has answered on the gate's socket
+//	                                  keeper has answered on the gate's socket; print
+//	                                  the folders' inode numbers
+//	/opt/bottle/guest inodes FOLDER...
+//	                                  print them
 //
 // MARKER is random for each command. What ran and how it ended is written below
 // StateDir, which only the guest's root can write: the agent cannot forge it.

@@ -53,8 +53,10 @@ func (r Runner) Main(args []string, stdout, stderr io.Writer) (status int, ok bo
 		status, err = r.run(args[1], stderr)
 	case len(args) == 2 && args[0] == "ran":
 		err = r.ran(args[1], stdout)
-	case len(args) == 3 && args[0] == "await":
-		status, err = await(args[1], args[2], awaitLimit)
+	case len(args) >= 3 && args[0] == "await":
+		if status, err = await(args[1], args[2], awaitLimit); err == nil {
+			err = inodes(args[3:], stdout)
+		}
 	case len(args) > 1 && args[0] == "inodes":
 		err = inodes(args[1:], stdout)
 	case len(args) == 1 && args[0] == "sync":

@@ -4,11 +4,13 @@ package runner
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -162,8 +164,19 @@ func TestAwait(t *testing.T) {
 			}
 		})
 	}
-	var errs strings.Builder
-	if status, ok := (Runner{}).Main([]string{"await", addr, good}, io.Discard, &errs); status != 0 || !ok || errs.Len() != 0 {
-		t.Errorf("%d, %v, %s", status, ok, errs.String())
+	var out, errs strings.Builder
+	fi, err := os.Stat(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inode := fmt.Sprintln(fi.Sys().(*syscall.Stat_t).Ino)
+	for want, folders := range map[string][]string{"": nil, inode: {dir}} {
+		out.Reset()
+		if status, ok := (Runner{}).Main(append([]string{"await", addr, good}, folders...), &out, &errs); status != 0 || !ok || errs.Len() != 0 || out.String() != want {
+			t.Errorf("%d, %v, %q, %s", status, ok, out.String(), errs.String())
+		}
+	}
+	if status, _ := (Runner{}).Main([]string{"await", addr, good, dir + "/none"}, &out, &errs); status != ownFailure || !strings.Contains(errs.String(), "none") {
+		t.Errorf("%d, %s", status, errs.String())
 	}
 }
