@@ -52,9 +52,11 @@ func machineFile(dir string) string  { return filepath.Join(ownDir(dir), "machin
 func smolfilePath(dir string) string { return filepath.Join(ownDir(dir), "Smolfile") }
 
 // Polling of a guest that is slow to answer. On emulated hardware smolvm says
-// "not running" for seconds after a start that worked.
+// "not running" for seconds after a start that worked. The first pause is probeFirst,
+// each that follows twice as long, up to probePause.
 const (
-	probeTries   = 10
+	probeTries   = 13
+	probeFirst   = 100 * time.Millisecond
 	probePause   = time.Second
 	probeLimit   = 30 * time.Second
 	cleanupLimit = 2 * time.Minute
@@ -567,14 +569,16 @@ func probe(ctx context.Context, c *smolvm.Client, id string, folders []string) (
 // firstExec runs a command in a guest that has just been started, and waits for
 // one that smolvm does not know as running yet.
 func firstExec(ctx context.Context, c *smolvm.Client, id string, argv ...string) (smolvm.Result, error) {
+	pause := probeFirst
 	for try := 1; ; try++ {
 		r, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: probeLimit}, argv...)
 		if !errors.Is(err, smolvm.ErrNotRunning) || try == probeTries {
 			return r, err
 		}
-		if serr := sleep(ctx, probePause); serr != nil {
+		if serr := sleep(ctx, pause); serr != nil {
 			return r, join(err, serr)
 		}
+		pause = min(2*pause, probePause)
 	}
 }
 
