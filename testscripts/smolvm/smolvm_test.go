@@ -464,3 +464,34 @@ func TestJail(t *testing.T) {
 		}
 	})
 }
+
+// The image is one for all bottles: root of a guest's kernel, who has smolvm's
+// file server of it to himself, changes nothing, and the host sees no copy.
+func TestImageIsShared(t *testing.T) {
+	eachUser(t, func(t *testing.T, w *world) {
+		w.manifest("")
+		id := w.up()
+		cache := w.ok("bottle-pack ls | jq -r .rootfs | head -1")
+		cache = strings.TrimSpace(cache)
+		before := w.ok("cd " + cache + " && find . -ls | sha256sum")
+		r := w.sh("$BOTTLE_SMOLVM machine exec --name " + id + ` -- sh -c '
+			mkdir -p /m && mount -t virtiofs smolvm_layers /m && echo mounted && ls /m/bin/busybox
+			for p in /m /packed_layers; do touch $p/new $p/bin/new; echo changed >$p/etc/passwd; rm -f $p/bin/busybox; chmod 777 $p/etc; mount -o remount,rw $p; touch $p/etc/new; done
+			echo own >/etc/passwd && cat /etc/passwd'`)
+		t.Logf("%q\n%s", r.out, r.err)
+		if !strings.HasSuffix(r.out, "own\n") {
+			t.Errorf("its own layer cannot be written to: %+v", r)
+		}
+		if strings.Contains(r.out, "mounted") && !strings.Contains(r.err, "Read-only file system") {
+			t.Errorf("nothing says that it is read-only: %+v", r)
+		}
+		if after := w.ok("cd " + cache + " && find . -ls | sha256sum"); after != before {
+			t.Errorf("the image was changed: %s", w.ok("find "+cache+" -newer bottle.json"))
+		}
+		place := w.ok("bottle-vm status " + id + " | jq -r .state_dir")
+		if left := w.ok("find " + strings.TrimSpace(place) + "/smolvm/rootfs -mindepth 1 | head -3"); left != "" {
+			t.Errorf("it is a copy: %s", left)
+		}
+		w.ok("bottle-vm exec " + id + " -- true && bottle-vm down " + id)
+	})
+}
