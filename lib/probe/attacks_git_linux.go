@@ -4,8 +4,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
+
+// newRepositories are the probes that bring a repository of their own into the
+// workspace, so that none has to be there.
+var newRepositories = []string{"G09", "G10", "G13"}
 
 // planting is a probe that leaves something in the workspace for the host's git
 // to run. fired is the command line for it: it makes a file that only the host
@@ -13,8 +18,11 @@ import (
 func planting(id, name, batch, title string, plant func(repo, fired string)) *probe {
 	return &probe{Info: info(id, name, "C03", title), batch: batch,
 		skip: func(l *lab) string {
-			if l.git == "" {
+			switch {
+			case l.git == "":
 				return "the host has no git"
+			case l.o.Plain && !slices.Contains(newRepositories, id):
+				return "it takes a repository in the workspace, which --plain leaves out"
 			}
 			return ""
 		},

@@ -108,6 +108,17 @@ func stolen(id, name, title, path, format string, try func(c *inside, token stri
 	return &probe{Info: info(id, name, "", title), lay: baitIn(path, format), try: try, leak: func(l *lab, token string) string { return l.stolen(token) }}
 }
 
+// hidden is a probe for a file of the workspace that the sandbox has to hide.
+func hidden(p *probe) *probe {
+	p.skip = func(l *lab) string {
+		if l.o.Plain {
+			return "it takes a file to hide in the workspace, which --plain leaves out"
+		}
+		return ""
+	}
+	return p
+}
+
 func hostProbes() []*probe {
 	return []*probe{
 		{Info: info("S01", "abstract-socket", "", "an abstract unix socket of the host"), try: func(c *inside, token string) { c.unix("@"+c.Abstract, token) }},
@@ -122,7 +133,7 @@ func hostProbes() []*probe {
 			}, leak: func(l *lab, token string) string { return l.stolen(token) }},
 		stolen("S04", "ssh-key", "~/.ssh/id_ed25519", "home/.ssh/id_ed25519", "-----BEGIN NOTHING-----\n%s\n", func(c *inside, _ string) { c.readHome(".ssh/id_ed25519") }),
 		stolen("S05", "aws-credentials", "~/.aws/credentials", "home/.aws/credentials", "[default]\naws_secret_access_key = %s\n", func(c *inside, _ string) { c.readHome(".aws/credentials") }),
-		stolen("S06", "dotenv", "a .env in the workspace", "ws/.env", "API_KEY=%s\n", func(c *inside, _ string) { c.read(filepath.Join(c.Workspace, ".env")) }),
+		hidden(stolen("S06", "dotenv", "a .env in the workspace", "ws/.env", "API_KEY=%s\n", func(c *inside, _ string) { c.read(filepath.Join(c.Workspace, ".env")) })),
 		{Info: info("S07", "ca-key", "", "the private key of an authority that clients in the sandbox trust"), lay: layAuthority, try: findKeys,
 			leak: func(l *lab, token string) string { return l.proven(token) }},
 		{Info: info("S08", "shell-startup", "", "appending to ~/.bashrc of the host"), try: func(c *inside, token string) {

@@ -419,7 +419,7 @@ func (l *lab) workspace(ctx context.Context, git bool) error {
 			}
 		}
 	}
-	if git && l.git != "" {
+	if git && l.git != "" && !l.o.Plain {
 		for _, args := range [][]string{{"init", "-q", "-b", "main"}, {"add", "README"}, {"commit", "-q", "-m", "first"}} {
 			if out, err := l.runGit(ctx, args...); err != nil {
 				return fmt.Errorf("git %s: %w: %s", args[0], err, out)

@@ -64,6 +64,9 @@ type Options struct {
 	Inside string
 	// Files is a folder whose content is copied into the workspace first.
 	Files string
+	// Plain workspaces have no repository and nothing to hide, for a sandbox that
+	// takes none that have. The rows that need them are n/a.
+	Plain bool
 	// Setup is a shell command that is run in the workspace once, before.
 	Setup string
 	// CA is a PEM file to which the canary servers' authority is written, too.

@@ -89,6 +89,23 @@ func TestNoSandbox(t *testing.T) {
 	}
 }
 
+// TestPlain: a workspace without a repository and files to hide leaves out what
+// takes one, and says so. What brings its own repository can still leak.
+func TestPlain(t *testing.T) {
+	o := options("@PROBE")
+	o.Plain, o.Only = true, []string{"S06", "S09", "G04", "G09", "G10", "G13"}
+	results := battery(t, o)
+	for id, want := range map[string]Verdict{"C03": Works, "S06": NA, "S09": NA, "G04": NA, "G09": Leak, "G10": Leak, "G13": Leak} {
+		got := results[id]
+		if got.Verdict == NA && got.Evidence == "the host has no git" {
+			t.Skip("SKIPPED: the host has no git, so that nothing is planted for it")
+		}
+		if got.Verdict != want || want == NA && !strings.Contains(got.Evidence, "which --plain leaves out") {
+			t.Errorf("%s: %+v, want %s", id, got, want)
+		}
+	}
+}
+
 // TestShutUp: a sandbox that runs nothing proves nothing, and says so.
 func TestShutUp(t *testing.T) {
 	var stderr bytes.Buffer

@@ -23,7 +23,7 @@ type runFlags struct {
 	document, log            string
 	pids                     int
 	timeout                  tool.Duration
-	pretty                   bool
+	plain, pretty            bool
 }
 
 func runCommand(p *tool.Proc) *tool.Command {
@@ -42,6 +42,7 @@ func runCommand(p *tool.Proc) *tool.Command {
 	fs.IntVar(&f.pids, "pids", 0, "the `NUMBER` of processes that the sandbox claims to allow at most")
 	fs.Var(&f.only, "only", "run these probes and the controls they need: `ID` or name, comma-separated")
 	fs.Var(&f.timeout, "timeout", "end a run of the sandbox command after `DURATION`")
+	fs.BoolVar(&f.plain, "plain", false, "workspaces without a repository and without a .env, for a sandbox that takes none that have one")
 	fs.BoolVar(&f.pretty, "pretty", false, "a table, for people")
 	return &tool.Command{
 		Name:       "run",
@@ -78,7 +79,7 @@ func usage(format string, args ...any) *fault.Error {
 
 // options checks the flags.
 func (f *runFlags) options(p *tool.Proc) (o probe.Options, err error) {
-	o = probe.Options{Sandbox: f.sandbox, Inside: f.inside, Files: f.files, Setup: f.setup, CA: f.ca, Log: f.log, Pids: f.pids, Timeout: time.Duration(f.timeout)}
+	o = probe.Options{Sandbox: f.sandbox, Inside: f.inside, Files: f.files, Plain: f.plain, Setup: f.setup, CA: f.ca, Log: f.log, Pids: f.pids, Timeout: time.Duration(f.timeout)}
 	for _, a := range f.allow {
 		name, isWild := strings.CutPrefix(a, "*.")
 		to := &o.Allow
