@@ -102,6 +102,11 @@ func Run(ctx context.Context, stdin io.Reader, reply io.WriteCloser, log *os.Fil
 		if k.cfg.Again && ctx.Err() == nil {
 			return k.fallBack(reply, err)
 		}
+		if ctx.Err() != nil {
+			// Whatever the end cut off looks like a failure of its own.
+			err = fault.New(fault.Unavailable, "start_ended", "bottle %s was removed while it was being started", k.cfg.ID).
+				WithHint("bottle-vm down, bottle-gc or a signal to its keeper ended it; start a new one")
+		}
 		removeErr := k.remove()
 		r := Reply{Error: plan.NewFailure("vm", err)}
 		if removeErr != nil {

@@ -30,8 +30,17 @@ type gone struct{}
 func (gone) Write([]byte) (int, error) { return 0, os.ErrClosed }
 func (gone) Close() error              { return nil }
 
-// A workspace that the guard refuses is told to up, and leaves nothing.
-func TestStartThatTheGuardRefuses(t *testing.T) {
+// A start that fails is told to up, and leaves nothing: because the guard refuses
+// the workspace, or because the bottle was removed meanwhile.
+func TestStartThatFails(t *testing.T) {
+	ended, end := context.WithCancel(t.Context())
+	end()
+	for code, ctx := range map[string]context.Context{"in_git": t.Context(), "start_ended": ended} {
+		t.Run(code, func(t *testing.T) { startThatFails(ctx, t, code) })
+	}
+}
+
+func startThatFails(ctx context.Context, t *testing.T, code string) {
 	top, err := filepath.EvalSymlinks(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -75,9 +84,9 @@ func TestStartThatTheGuardRefuses(t *testing.T) {
 	}
 	defer log.Close()
 	var to reply
-	err = Run(context.Background(), bytes.NewReader(append(cfg, '\n')), &to, log)
+	err = Run(ctx, bytes.NewReader(append(cfg, '\n')), &to, log)
 	var got Reply
-	if jerr := json.Unmarshal(to.Bytes(), &got); err == nil || jerr != nil || got.Error == nil || got.Error.Code != "in_git" || len(got.Warnings) > 0 {
+	if jerr := json.Unmarshal(to.Bytes(), &got); err == nil || jerr != nil || got.Error == nil || got.Error.Code != code || len(got.Warnings) > 0 {
 		t.Errorf("%v; reply %q (%v)", err, to.String(), jerr)
 	}
 	for _, dir := range []string{folder.Dir, rec.RunDir} {
