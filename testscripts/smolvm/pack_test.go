@@ -130,6 +130,14 @@ func TestPack(t *testing.T) {
 	if r := w.sh("bottle-vm exec " + id + " -- sh -c 'find / -xdev -name planted; ls /planted /bin/planted'"); r.out != "" {
 		t.Errorf("the next bottle has it: %+v", r)
 	}
+	// Stopped and started again it has its disk, the socket, and still no network.
+	w.ok("bottle-vm exec " + id + " -- sh -c 'echo kept >$HOME/kept' && bottle-vm stop " + id + " && bottle-vm start " + id)
+	if got := w.ok("bottle-vm exec " + id + " -- sh -c 'cat $HOME/kept; ls /sys/class/net; ls /run/bottle/gate.sock'"); !strings.HasPrefix(got, "kept\n") || strings.Contains(got, "eth") || !strings.HasSuffix(got, "gate.sock\n") {
+		t.Errorf("started again: %q", got)
+	}
+	if r := w.sh("bottle-vm exec " + id + " -- wget -T 60 -O- http://denied.test/"); !strings.Contains(r.err, "403") {
+		t.Errorf("started again, no gate: %+v", r)
+	}
 	if got := w.ok("sha256sum images/derived/*"); got != sum {
 		t.Errorf("the pack changed: %s%s", sum, got)
 	}

@@ -94,8 +94,10 @@ func newWorld(t *testing.T, name string) *world {
 	return w
 }
 
-func (w *world) sh(script string) result {
-	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
+func (w *world) sh(script string) result { return w.within(callLimit, script) }
+
+func (w *world) within(limit time.Duration, script string) result {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", script)
 	cmd.Dir, cmd.Env = w.dir, w.env
