@@ -165,7 +165,7 @@ func (c *Client) runWith(ctx context.Context, op string, limit time.Duration, ma
 		}
 	}
 	if err == nil {
-		err = cmd.Start()
+		err = begin(cmd)
 	}
 	if err == nil {
 		if c.OnStart != nil {

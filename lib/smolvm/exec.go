@@ -152,7 +152,7 @@ func (c *Client) MachineExecAttached(ctx context.Context, name string, a Attache
 		cmd.Cancel = func() error { return killGroup(cmd.Process.Pid) }
 	}
 	defer keepMode(int(stdin.Fd()))()
-	if err := cmd.Start(); err != nil {
+	if err := begin(cmd); err != nil {
 		return -1, c.startError(ctx, op, 0, Result{Code: -1}, err)
 	}
 	if a.Started != nil {
