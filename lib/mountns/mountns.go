@@ -136,5 +136,7 @@ func (b Bind) mount() error {
 	if !b.ReadOnly {
 		return nil
 	}
-	return unix.MountSetattr(unix.AT_FDCWD, b.Target, unix.AT_RECURSIVE|unix.AT_SYMLINK_NOFOLLOW, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+	// Private, since what the host mounts later below it would come in writable.
+	return unix.MountSetattr(unix.AT_FDCWD, b.Target, unix.AT_RECURSIVE|unix.AT_SYMLINK_NOFOLLOW,
+		&unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY, Propagation: unix.MS_PRIVATE})
 }
