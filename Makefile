@@ -22,10 +22,14 @@ tools:
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(TOOLS))
 
 # A nested module: its graph stays out of the product's. About two minutes cold.
-$(BIN)/bottle-runsc: $(wildcard tools/runsc/*.go tools/runsc/filters/*.go tools/runsc/filters/programs/*) tools/runsc/go.mod tools/runsc/go.sum
+$(BIN)/bottle-runsc: $(wildcard tools/runsc/*.go) tools/runsc/filters_gen.go tools/runsc/go.mod tools/runsc/go.sum
 	@mkdir -p $(BIN)
-	cd tools/runsc && $(GO) run ./filters >filters_gen.go.new && mv filters_gen.go.new filters_gen.go
 	cd tools/runsc && $(GO) build -trimpath -ldflags '-s -w -X gvisor.dev/gvisor/runsc/version.version=$(RUNSC_VERSION)' -o ../../$@ .
+
+# For the machine that builds, which has to run it. A runsc that is built for another
+# architecture does not take these programs, but compiles its own at each start.
+tools/runsc/filters_gen.go: $(wildcard tools/runsc/filters/*.go tools/runsc/filters/programs/*) tools/runsc/go.mod tools/runsc/go.sum
+	cd tools/runsc && GOOS= GOARCH= $(GO) run ./filters >filters_gen.go.new && mv filters_gen.go.new filters_gen.go
 
 .PHONY: demo
 demo: build ## a real agent in a sealed bottle, offline and without a key
