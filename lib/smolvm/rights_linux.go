@@ -9,17 +9,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// withheld are rights of root that no guest's monitor gets. It does in a shared
+// withheld are rights, root's as a rule, that no guest's monitor gets. It does in a shared
 // folder what the guest's root asks for, with its own rights: there would be
 // devices, the host's disk for one, and programs with capabilities in the
 // workspace, for every user of the host who can reach it.
 var withheld = []int{unix.CAP_MKNOD, unix.CAP_SETFCAP}
 
-// begin starts cmd without the withheld rights. A plain user has none of them.
+// begin starts cmd without the withheld rights.
 func begin(cmd *exec.Cmd) error {
-	if os.Geteuid() != 0 {
-		return cmd.Start()
-	}
 	begun := make(chan error, 1)
 	go func() {
 		// Rights are a thread's, and these do not come back: the thread ends with
@@ -43,8 +40,12 @@ func withhold() error {
 		return fmt.Errorf("what rights smolvm would get: %v", err)
 	}
 	for _, c := range withheld {
-		// The inheritable ones pass by the bounding set where root runs a program.
+		// A plain user hands on the ambient ones, which go with the inheritable ones;
+		// those pass by the bounding set where root runs a program, too.
 		data[c/32].Inheritable &^= 1 << (c % 32)
+		if os.Geteuid() != 0 {
+			continue
+		}
 		has, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, uintptr(c), 0, 0, 0)
 		if err == nil && has == 0 {
 			continue

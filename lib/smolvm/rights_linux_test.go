@@ -1,10 +1,12 @@
 package smolvm
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -66,6 +68,43 @@ func TestWithheld(t *testing.T) {
 	for range 20 { // on whichever thread
 		if now := own(); now["CapBnd"] != before["CapBnd"] {
 			t.Fatalf("this process has lost rights: %x, had %x", now["CapBnd"], before["CapBnd"])
+		}
+	}
+}
+
+// asPlain makes TestWithheldOfAPlainUser the plain user's part of itself.
+const asPlain = "BOTTLE_TEST_WITHHELD"
+
+// A plain user who was given rights to hand on (ambient ones) does not hand these
+// on either.
+func TestWithheldOfAPlainUser(t *testing.T) {
+	if os.Getenv(asPlain) != "" {
+		cmd := exec.Command("/bin/cat", "/proc/self/status")
+		cmd.Stdout = os.Stdout
+		if err := begin(cmd); err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Wait(); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: not root, who alone gives such rights")
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestWithheldOfAPlainUser$")
+	cmd.Env = append(os.Environ(), asPlain+"=1")
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534},
+		AmbientCaps: []uintptr{unix.CAP_MKNOD, unix.CAP_SETFCAP, unix.CAP_CHOWN}}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	want := fmt.Sprintf("%016x", 1<<unix.CAP_CHOWN) // what is not withheld
+	for _, name := range []string{"CapInh", "CapPrm", "CapEff", "CapAmb"} {
+		if !strings.Contains(string(out), name+":\t"+want+"\n") {
+			t.Errorf("not %s %s: %s", name, want, out)
 		}
 	}
 }
