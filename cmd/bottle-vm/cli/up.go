@@ -315,7 +315,8 @@ func (s *starter) folders(context.Context) error {
 }
 
 // apart refuses to show the guest the records that hold it: with them it could
-// forge what down and gc act on.
+// forge what down and gc act on. Nor may it write to the images that bottles share,
+// since the next one runs what is in them.
 func (s *starter) apart(what, dir string, writable bool) error {
 	if dir == "/" {
 		return fault.New(fault.Data, "bad_mount", "%s is the whole file system", what).WithHint("name the project's folder")
@@ -330,7 +331,26 @@ func (s *starter) apart(what, dir string, writable bool) error {
 				WithHint("use a folder further down, or set XDG_STATE_HOME to a place outside of it")
 		}
 	}
+	images, err := s.images()
+	if err != nil || !writable || !filepath.IsAbs(images) {
+		return nil // that there is no place for images is told where one is needed
+	}
+	if real, err := filepath.EvalSymlinks(images); err == nil {
+		images = real
+	}
+	if within(dir, images) || within(images, dir) {
+		return fault.New(fault.Data, "holds_images", "%s %s holds the images that bottles share (%s)", what, dir, images).
+			WithHint("use a folder further down, mount it read-only, or set XDG_CACHE_HOME to a place outside of it")
+	}
 	return nil
+}
+
+// images is where they are.
+func (s *starter) images() (string, error) {
+	if s.flags.cache != "" {
+		return s.flags.cache, nil
+	}
+	return image.DefaultDir(s.p.Getenv, os.Geteuid(), s.p.Getenv("HOME"))
 }
 
 // within tells whether path lies in dir or is it.
@@ -341,12 +361,11 @@ func within(dir, path string) bool {
 
 func (s *starter) pack(ctx context.Context) error {
 	opts := image.Options{CacheDir: s.flags.cache, Home: s.p.Getenv("HOME"), Progress: s.p.Stderr, Now: s.p.Now}
-	if opts.CacheDir == "" && s.bottle.Image.Kind != image.KindHost {
-		dir, err := image.DefaultDir(s.p.Getenv, os.Geteuid(), opts.Home)
-		if err != nil {
+	if s.bottle.Image.Kind != image.KindHost {
+		var err error
+		if opts.CacheDir, err = s.images(); err != nil {
 			return err
 		}
-		opts.CacheDir = dir
 	}
 	got, rootfs, err := image.Pack(ctx, s.bottle.Image, s.base, opts)
 	if err != nil {
