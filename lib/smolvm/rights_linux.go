@@ -15,7 +15,8 @@ import (
 // workspace, for every user of the host who can reach it.
 var withheld = []int{unix.CAP_MKNOD, unix.CAP_SETFCAP}
 
-// begin starts cmd without the withheld rights.
+// begin starts cmd without the withheld rights. cmd may have no Pdeathsig: the
+// thread that starts it ends at once.
 func begin(cmd *exec.Cmd) error {
 	begun := make(chan error, 1)
 	go func() {

@@ -196,15 +196,26 @@ func (b *bench) fleetOf() error {
 	var boxes []*sandbox
 	var weight []float64
 	roles := map[string][]float64{}
-	weigh := func() error {
-		time.Sleep(500 * time.Millisecond) // what is freed after a start has gone back
+	started := func() ([]string, error) {
 		ids, err := b.w.ids()
+		ids = slices.DeleteFunc(ids, func(id string) bool { return id == b.raw.bottle })
+		if err == nil && len(ids) != b.fleet {
+			err = fmt.Errorf("%d bottles are there, and %d were started", len(ids), b.fleet)
+		}
+		return ids, err
+	}
+	down := func() error {
+		ids, err := started()
 		if err != nil {
 			return err
 		}
-		ids = slices.DeleteFunc(ids, func(id string) bool { return id == b.raw.bottle })
-		if len(ids) != b.fleet {
-			return fmt.Errorf("%d bottles are there, and %d were started", len(ids), b.fleet)
+		return b.w.run("bottle-vm", append([]string{"down"}, ids...)...)
+	}
+	weigh := func() error {
+		time.Sleep(500 * time.Millisecond) // what is freed after a start has gone back
+		ids, err := started()
+		if err != nil {
+			return err
 		}
 		for _, id := range ids {
 			u, err := memoryOf(b.w, id)
@@ -216,27 +227,34 @@ func (b *bench) fleetOf() error {
 				roles[role] = append(roles[role], mb)
 			}
 		}
-		return b.w.run("bottle-vm", append([]string{"down"}, ids...)...)
+		return down()
 	}
-	ours, beside, err := pairs(b.rounds,
-		func() error { return together(b.fleet, func(int) error { _, err := b.w.up(2); return err }) },
-		func() error {
-			boxes = make([]*sandbox, b.fleet)
-			return together(b.fleet, func(i int) (err error) {
-				if boxes[i], err = b.raw.fresh(b.raw.stock); err != nil {
-					return err
-				}
-				return boxes[i].run()
+	beside := func(runsc string, after func() error) (ours, raw []float64, err error) {
+		return pairs(b.rounds,
+			func() error { return together(b.fleet, func(int) error { _, err := b.w.up(2); return err }) },
+			func() error {
+				boxes = make([]*sandbox, b.fleet)
+				return together(b.fleet, func(i int) (err error) {
+					if boxes[i], err = b.raw.fresh(runsc); err != nil {
+						return err
+					}
+					return boxes[i].run()
+				})
+			},
+			after,
+			func() error {
+				return together(b.fleet, func(i int) error { return boxes[i].remove() })
 			})
-		},
-		weigh,
-		func() error {
-			return together(b.fleet, func(i int) error { return boxes[i].remove() })
-		})
+	}
+	ours, raw, err := beside(b.raw.stock, weigh)
 	if err != nil {
 		return err
 	}
-	b.emit(newRow(fmt.Sprintf("%d bottles up at once", b.fleet), "ms", ours, fmt.Sprintf("%d x runsc run", b.fleet), beside, ratioAtMost("<= 2 x raw", 2)))
+	b.emit(newRow(fmt.Sprintf("%d bottles up at once", b.fleet), "ms", ours, fmt.Sprintf("%d x runsc run", b.fleet), raw, ratioAtMost("<= 2 x raw", 2)))
+	if ours, raw, err = beside(b.raw.slim, down); err != nil {
+		return err
+	}
+	b.emit(newRow("  the same beside our runsc", "ms", ours, fmt.Sprintf("%d x bottle-runsc run", b.fleet), raw, nil))
 	b.emit(newRow("memory of a bottle (PSS)", "MB", weight, "", nil, medianAtMost("<= 40 MB (aim 30)", 40)))
 	for _, role := range []string{"keeper", "gate", "sandbox", "gofer"} {
 		b.emit(newRow("  of it "+role, "MB", roles[role], "", nil, nil))
