@@ -136,7 +136,8 @@ func (b Bind) mount() error {
 	if !b.ReadOnly {
 		return nil
 	}
-	// Private, since what the host mounts later below it would come in writable.
+	// Private, since what the host mounts later below it would come in writable. (What
+	// it unmounts there stays in until the program ends.)
 	return unix.MountSetattr(unix.AT_FDCWD, b.Target, unix.AT_RECURSIVE|unix.AT_SYMLINK_NOFOLLOW,
 		&unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY, Propagation: unix.MS_PRIVATE})
 }

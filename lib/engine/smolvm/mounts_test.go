@@ -107,6 +107,20 @@ func TestImageIsShared(t *testing.T) {
 	if got := seen(); got != want+want {
 		t.Errorf("at the second start: %q", got)
 	}
+	// What was left at the place of the image, by a guest that was started by hand and
+	// so without it, is no image.
+	if err := os.MkdirAll(rootfsDir(s.Dir)+"/bin", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(rootfsDir(s.Dir)+"/bin/tool", []byte("planted"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := startMachine(t.Context(), c, s); err != nil {
+		t.Fatal(err)
+	}
+	if got := seen(); got != want+want+want {
+		t.Errorf("at the third start: %q", got)
+	}
 	if b, err := os.ReadFile(s.Rootfs + "/bin/tool"); err != nil || string(b) != "original" {
 		t.Errorf("the shared image was changed: %q, %v", b, err)
 	}

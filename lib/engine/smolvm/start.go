@@ -235,17 +235,22 @@ func startMachine(ctx context.Context, c *smolvm.Client, s *engine.Spec) (pid in
 			return err
 		})
 	}
-	if mountsOfItsOwn && s.Self != "" && isEmpty(rootfsDir(s.Dir)) {
+	place := rootfsDir(s.Dir)
+	if _, err := os.Lstat(place); mountsOfItsOwn && s.Self != "" && err == nil { // else there is a pack
+		// Over whatever is there: a guest that somebody started by hand, without these
+		// mounts, may have left something that looks like an image.
 		err := start(withImage(s))
 		why, ok := notMounted(err)
 		if !ok {
 			return pid, err
 		}
-		if s.Log != nil {
-			fmt.Fprintf(s.Log, "the image is copied, since it cannot be mounted: %q\n", why)
-		}
-		if err := copyImage(ctx, s); err != nil {
-			return 0, err
+		if isEmpty(place) {
+			if s.Log != nil {
+				fmt.Fprintf(s.Log, "the image is copied, since it cannot be mounted: %q\n", why)
+			}
+			if err := copyImage(ctx, s); err != nil {
+				return 0, err
+			}
 		}
 	}
 	err = start(nil)
