@@ -17,7 +17,8 @@ func (c *Client) MachineStartForkable(ctx context.Context, name string) error {
 
 // MachineFork makes the new machine name, a running copy of base: its memory, its
 // disks, its running commands. base stands still from then on, and is what every
-// further copy begins with.
+// further copy begins with. Newer releases call it branch, and let base run on
+// unless they are told.
 //
 // The copy has base's folders and sockets, by the paths that base was created
 // with; what is there is looked up as the copy is made, by its monitor. launch may
@@ -33,6 +34,9 @@ func (c *Client) MachineFork(ctx context.Context, base, name string, launch Laun
 		}
 	}
 	args := []string{"machine", "fork", "--golden", base, "--name", name}
+	if !c.Version.Less(SinceBranch) {
+		args = []string{"machine", "branch", "--from", base, "--name", name, "--no-wait-ready", "--freeze-source"}
+	}
 	there := *c
 	there.launch = launch
 	_, err := there.call(ctx, op, c.bootTimeout(), c.common(args))

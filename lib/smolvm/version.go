@@ -24,6 +24,7 @@ var (
 	SinceContainers  = Version{1, 8, 0}  // mounted sockets that reach an image's container (fix 867)
 	sinceLabel       = Version{1, 8, 0}  // --label
 	SinceFork        = Version{1, 9, 1}  // copies that keep their container (fix 1009), more than one of a machine (888)
+	SinceBranch      = Version{1, 32, 2} // "machine branch" as it was tried; it is there from 1.15 on
 	sinceUser        = Version{1, 15, 0} // exec --user
 	sinceCredential  = Version{1, 25, 2} // --credential
 	sinceErrorFormat = Version{1, 28, 1} // --error-format json

