@@ -45,7 +45,7 @@ func (v *vm) upCommand() *tool.Command {
 	fs.StringVar(&f.cache, "cache", "", "image cache `FOLDER`")
 	fs.IntVar(&f.owner, "owner", 0, "remove the bottle when process `PID` is gone")
 	fs.BoolVar(&f.printID, "print-id", false, "print the ids of the bottles instead of their documents")
-	fs.BoolVar(&f.warm, "warm", false, "start a copy of a prepared machine, which the first such start prepares (engine smolvm, as root)")
+	fs.BoolVar(&f.warm, "warm", false, "start a copy of a prepared machine, which the first such start prepares (engine smolvm)")
 	fs.Var(&f.signers, "require-signed", "start only what somebody has signed whom `FILE` allows (ssh-keygen(1), ALLOWED SIGNERS)")
 	fs.Var(&f.revoked, "revoked", "keys that do not count any more: a `FILE` with a KRL, or public keys")
 	fs.Var(&f.expect, "expect", "start only the plan with this `DIGEST`, as bottle-plan --hash prints it; may be repeated")

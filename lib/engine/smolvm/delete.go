@@ -116,8 +116,8 @@ func killCalls(ctx context.Context, id string) error {
 }
 
 // callFor tells whether pid is "smolvm machine create|start --name ID …" or
-// "smolvm machine fork --golden BASE --name ID …". An id is random, so nobody
-// else's is.
+// "smolvm machine fork --golden BASE --name ID …", which newer ones call "branch
+// --from BASE". An id is random, so nobody else's is.
 func callFor(pid int, id string) bool {
 	argv := argvOf(pid)
 	if len(argv) > 2 && argv[1] == inMountsVerb {
@@ -126,7 +126,7 @@ func callFor(pid int, id string) bool {
 	if len(argv) > 1 && argv[1] != "machine" {
 		argv = argv[1:] // a script, behind its interpreter
 	}
-	if len(argv) > 6 && argv[1] == "machine" && argv[2] == "fork" && argv[3] == "--golden" {
+	if len(argv) > 6 && argv[1] == "machine" && (argv[2] == "fork" && argv[3] == "--golden" || argv[2] == "branch" && argv[3] == "--from") {
 		argv = append([]string{argv[0], "machine", "start"}, argv[5:]...)
 	}
 	return len(argv) > 4 && argv[1] == "machine" && (argv[2] == "create" || argv[2] == "start") &&

@@ -143,6 +143,7 @@ func TestDeleteEndsCallsInFlight(t *testing.T) {
 	start := play(t, "machine", "start", "--name", s.ID)
 	create := play(t, "machine", "create", "--name", s.ID, "--cpus", "1")
 	fork := play(t, "machine", "fork", "--golden", "bottle-warm-0", "--name", s.ID)
+	branch := play(t, "machine", "branch", "--from", "bottle-warm-0", "--name", s.ID, "--no-wait-ready")
 	becoming := play(t, inMountsVerb, "/opt/smolvm", "machine", "start", "--name", s.ID)
 	other := play(t, "machine", "start", "--name", s.ID+"0")
 	looks := play(t, "machine", "status", "--name", s.ID, "--json")
@@ -153,7 +154,7 @@ func TestDeleteEndsCallsInFlight(t *testing.T) {
 	if err := e.Delete(t.Context(), refOf(s)); err != nil {
 		t.Fatal(err)
 	}
-	if exists(start.Process.Pid) || exists(create.Process.Pid) || exists(fork.Process.Pid) || exists(becoming.Process.Pid) {
+	if exists(start.Process.Pid) || exists(create.Process.Pid) || exists(fork.Process.Pid) || exists(branch.Process.Pid) || exists(becoming.Process.Pid) {
 		t.Error("a call in flight goes on")
 	}
 	if !exists(other.Process.Pid) || !exists(looks.Process.Pid) {

@@ -128,16 +128,17 @@ const installMeasured = "install 1.32.2 (bottle-vm doctor --install smolvm)"
 // checkWarm refuses what cannot be copied.
 func checkWarm(c *smolvm.Client, s *engine.Spec, vs []smolvm.Volume, euid int) error {
 	switch {
-	case euid != 0 && os.Getenv("XWARM") == "":
-		// Its monitor has to be in a user namespace then, from where it may not open
-		// the memory of the machine (krun_start_enter says EINVAL).
-		return refuse("warm_user", "", "leave --warm out", "only root can start a copy: a plain user's may not map the memory of the machine that it is a copy of")
 	case !mountsOfItsOwn:
 		return refuse("warm_host", "", "leave --warm out", "a warm start needs mount namespaces, which only Linux has")
 	case c.Version.Less(smolvm.SinceFork):
 		return refuse("warm_version", "", "leave --warm out, or "+installMeasured, "smolvm %s cannot copy a machine as a warm start needs it; %s can", c.Version, smolvm.SinceFork)
 	case !c.Version.Less(notMeasured) && c.Version.Less(smolvm.SinceBranch):
-		return refuse("warm_version", "", "leave --warm out, or "+installMeasured, "a warm start was measured with smolvm %s and %s only, and this is %s", smolvm.SinceFork, smolvm.SinceBranch, c.Version)
+		return refuse("warm_version", "", "leave --warm out, or "+installMeasured, "a warm start was measured with smolvm 1.9 and %s, and this is %s", smolvm.SinceBranch, c.Version)
+	case euid != 0 && c.Version.Less(smolvm.SinceBranch):
+		// Its monitor has to be in a user namespace, from where that of 1.9.1 may not
+		// open the memory of the machine (krun_start_enter says EINVAL).
+		return refuse("warm_user", "", "leave --warm out, or "+installMeasured,
+			"with smolvm %s only root can start a copy: a plain user's may not map the memory of the machine that it is a copy of", c.Version)
 	}
 	keys, err := filepath.Glob(filepath.Join(s.Rootfs, "etc/ssh/ssh_host_*_key"))
 	if err != nil {

@@ -93,17 +93,29 @@ func TestBaseKey(t *testing.T) {
 
 func TestWarmRefusals(t *testing.T) {
 	s := newWarmSpec(t)
-	if wantFault(t, checkWarm(nil, s, nil, 1000), fault.Host, "warm_user", "only root"); os.Geteuid() != 0 {
+	vs, err := volumes(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantFault(t, checkWarm(&smolvm.Client{Bin: "/x/smolvm", Version: smolvm.SinceFork}, s, vs, 1000), fault.Host, "warm_user", "only root", "1.32.2")
+	if err := checkWarm(&smolvm.Client{Bin: "/x/smolvm", Version: smolvm.SinceBranch}, s, vs, 1000); err != nil {
+		t.Errorf("as a plain user with branch: %v", err)
+	}
+	if os.Geteuid() != 0 {
 		e, _ := scripted(t, version("1.9.1"))
 		wantFault(t, e.Prepare(t.Context(), s), fault.Host, "warm_user")
 		return
 	}
 	old, _ := scripted(t, version("1.9.0"))
 	wantFault(t, old.Prepare(t.Context(), s), fault.Host, "warm_version", "1.9.0", "1.9.1", "--warm")
-	// Newer ones call it branch; nobody has seen a bottle in one.
-	for _, v := range []string{"1.10.0", "1.32.2"} {
+	// Nobody has seen a bottle in a copy of these.
+	for _, v := range []string{"1.10.0", "1.32.1"} {
 		newer, _ := scripted(t, version(v))
-		wantFault(t, newer.Prepare(t.Context(), s), fault.Host, "warm_version", v, "1.9", "--warm")
+		wantFault(t, newer.Prepare(t.Context(), s), fault.Host, "warm_version", v, "1.9", "1.32.2", "--warm")
+	}
+	branches, _ := scripted(t, version("1.32.2"))
+	if err := branches.Prepare(t.Context(), s); err != nil {
+		t.Error(err)
 	}
 	e, _ := scripted(t, version("1.9.1"))
 	if err := e.Prepare(t.Context(), s); err != nil {
@@ -123,10 +135,6 @@ func TestWarmRefusals(t *testing.T) {
 	}
 
 	c, err := e.client(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	vs, err := volumes(s)
 	if err != nil {
 		t.Fatal(err)
 	}
