@@ -14,8 +14,9 @@ import (
 	"github.com/tidwall/gjson"
 )
 
-// greets answers "hi" at an address of the host, and gives the port.
-func greets(t *testing.T, addr string) int {
+// greets answers "hi" at an address of the host, and gives the port. Each visit is
+// told to hits, which may be nil.
+func greets(t *testing.T, addr string, hits chan<- string) int {
 	t.Helper()
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -27,6 +28,9 @@ func greets(t *testing.T, addr string) int {
 			c, err := l.Accept()
 			if err != nil {
 				return
+			}
+			if hits != nil {
+				hits <- l.Addr().String()
 			}
 			go func() {
 				defer c.Close()
@@ -63,7 +67,7 @@ func (w *world) rules(id string) string {
 // removed while it starts, and a home that is kept outlives it.
 func TestAgain(t *testing.T) {
 	w := newWorld(t, "user")
-	port := greets(t, "127.0.0.1:0")
+	port := greets(t, "127.0.0.1:0", nil)
 	host := func(name string) string {
 		return fmt.Sprintf(`{"host":%q,"ports":[%d],"protocol":"http","addresses":["127.0.0.1"]}`, name, port)
 	}
@@ -153,7 +157,7 @@ func TestAgainPipelock(t *testing.T) {
 	t.Cleanup(func() {
 		run("cat /tmp/hosts.before >/etc/hosts; ip addr del " + elsewhere + "/32 dev lo 2>/dev/null || :")
 	})
-	greets(t, ":80")
+	greets(t, ":80", nil)
 	serving := func(verb string) { run("ip addr " + verb + " " + elsewhere + "/32 dev lo") }
 	pipelocked := func(doc string) (id string) {
 		t.Helper()

@@ -10,7 +10,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"os/user"
@@ -372,25 +371,7 @@ func TestTwo(t *testing.T) {
 func TestJail(t *testing.T) {
 	w := newWorld(t, "user")
 	hits := make(chan string, 100)
-	listen := func(addr string) int {
-		l, err := net.Listen("tcp", addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { l.Close() })
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				hits <- l.Addr().String()
-				fmt.Fprint(c, "HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nhi\n")
-				c.Close()
-			}
-		}()
-		return l.Addr().(*net.TCPAddr).Port
-	}
+	listen := func(addr string) int { return greets(t, addr, hits) }
 	allowed, other := listen("127.0.0.1:0"), listen("127.0.0.1:0")
 	w.manifest(fmt.Sprintf(`,"egress":{"allow":[{"host":"web.test","ports":[%d],"protocol":"http","addresses":["127.0.0.1"]}]}`, allowed))
 	id := w.up()

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -89,22 +88,7 @@ func TestWarm(t *testing.T) {
 		})
 		const secret = "s3cr3t-that-no-machine-may-hold"
 		w.env = append(w.env, "TOKEN="+secret)
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				fmt.Fprint(c, "HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nhi\n")
-				c.Close()
-			}
-		}()
-		port := l.Addr().(*net.TCPAddr).Port
+		port := greets(t, "127.0.0.1:0", nil)
 		w.manifest(fmt.Sprintf(`,"egress":{"allow":[{"host":"web.test","ports":[%d],"protocol":"http","addresses":["127.0.0.1"]},"api.test"],"inspect":["api.test"]},
 			"secrets":{"TOKEN":{"from":"env:TOKEN","inject":[{"host":"api.test","header":"x-token"}]}}`, port))
 		w.ok("bottle-vm trust && echo here > ws/mine")
