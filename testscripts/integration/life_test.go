@@ -277,8 +277,13 @@ func TestUpInterrupted(t *testing.T) {
 		w.OK("bottle-plan >plan.json")
 		for _, d := range []time.Duration{20, 80, 150} {
 			// With up's own status: timeout's 124 does not tell whether it came too late.
+			// Up that has handed its document on may be told to end as well, since it
+			// looks for the next one: what a document tells of is there, and nothing else.
 			r := w.Sh(fmt.Sprintf("timeout --foreground --preserve-status -s INT %.3f bottle-vm up <plan.json >doc.json", (d * time.Millisecond).Seconds()))
-			if r.Code != 0 {
+			if r.Code != 0 && r.Code != 130 {
+				t.Errorf("interrupted after %s: %+v", d*time.Millisecond, r)
+			}
+			if r.Code != 0 && w.Read("doc.json") == "" {
 				w.Gone()
 				continue
 			}
