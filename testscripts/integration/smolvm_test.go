@@ -398,7 +398,8 @@ func TestSmolvmKilledMidway(t *testing.T) {
 	}
 	starting()
 	keeper := strings.TrimSpace(f.OK("jq .keeper.pid " + f.State + "/bottle/bottles/*/record.json"))
-	f.OK("kill -9 " + keeper + "; pkill -9 -P " + strconv.Itoa(cmd.Process.Pid) + "; kill -9 " + strconv.Itoa(cmd.Process.Pid) + "; true")
+	// up stands still first: it would clear up after a keeper that has died.
+	f.OK("pkill -STOP -P " + strconv.Itoa(cmd.Process.Pid) + "; kill -9 " + keeper + "; pkill -9 -P " + strconv.Itoa(cmd.Process.Pid) + "; kill -9 " + strconv.Itoa(cmd.Process.Pid) + "; true")
 	_ = cmd.Wait()
 	harness.Eventually(t, 5*time.Second, func() string {
 		if r := f.Sh("bottle-gc --check --min-age 0s"); r.Code != 1 {
