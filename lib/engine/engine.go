@@ -4,12 +4,14 @@
 package engine
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"os"
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/drift"
+	"github.com/bottle-tools/bottle/lib/guest"
 	"github.com/bottle-tools/bottle/lib/plan"
 )
 
@@ -19,6 +21,7 @@ const (
 	GuestDir       = "/opt/bottle"       // read-only: helper, its config, CA bundle
 	GuestHelper    = "/opt/bottle/guest" // the helper binary
 	GuestConfig    = "/opt/bottle/config.json"
+	GuestBundle    = "/opt/bottle/ca-bundle.pem"
 	// GuestTruststore is the CA bundle for Java, where hosts are inspected.
 	GuestTruststore = "/opt/bottle/cacerts"
 	GuestHome       = "/home/agent"
@@ -37,9 +40,9 @@ const (
 	FD Transport = iota
 	// Socket: the keeper listens on Spec.GateSocket, which the engine makes
 	// appear in the guest as GuestSocket. Until Start returns the keeper answers
-	// every connection with guest.Greeting, and Start has to have heard that from
+	// every connection with guest.Greeting, and Start has to know that this was heard
 	// inside of the guest: a socket that is not there must not look like a guest
-	// without anything to say.
+	// without anything to say. What the guest answers comes by Spec.Reports.
 	Socket
 )
 
@@ -73,9 +76,10 @@ type Spec struct {
 
 	HostUID, HostGID int // who the guest's writes belong to on the host
 
-	Guest      *os.File // FD transport: the guest's end of the pair
-	GateSocket string   // Socket transport: host path
-	Log        *os.File // engine's own log and the guest helper's stderr
+	Guest      *os.File            // FD transport: the guest's end of the pair
+	GateSocket string              // Socket transport: host path
+	Reports    <-chan guest.Report // Socket transport: what the helper has told; nil if nobody listens
+	Log        *os.File            // engine's own log and the guest helper's stderr
 
 	// Self is a program of ours that serves mountns.Main; "" for none.
 	Self string
@@ -87,6 +91,44 @@ type Spec struct {
 	// Record is called with each process the engine has started, before the
 	// next is started, so that a killed keeper leaves nothing unnamed.
 	Record func(role string, pid int) error
+}
+
+// GuestConfig is the helper's, but for what only the engine knows: how it gets to
+// the gate.
+func (s *Spec) GuestConfig(u guest.User) *guest.Config {
+	c := &guest.Config{
+		Hostname:  s.ID,
+		User:      u,
+		Relays:    []guest.Relay{{Listen: GuestProxy, Service: guest.ServiceEgress}},
+		Addresses: guest.Addresses(s.Bottle.Egress.Rules),
+	}
+	if cert := bytes.TrimSpace(s.CACert); len(cert) > 0 {
+		c.CACert, c.Truststore = string(cert)+"\n", GuestTruststore
+	}
+	if len(s.CABundle) > 0 {
+		c.CABundle = GuestBundle
+	}
+	for _, f := range s.Bottle.Files {
+		c.Files = append(c.Files, guest.File{Path: f.Path, Content: f.Content})
+	}
+	return c
+}
+
+// GuestUserOf is the plan's user in the guest; uid and gid are those of the agent.
+// The home is the same for root: HOME says so, and a kept home is mounted there.
+func GuestUserOf(name string, uid, gid int) guest.User {
+	if name == "root" {
+		return guest.User{Name: "root", Home: GuestHome}
+	}
+	return guest.User{Name: GuestUser, UID: uid, GID: gid, Home: GuestHome}
+}
+
+// ForgetReports drops what has been told so far.
+func (s *Spec) ForgetReports() {
+	select {
+	case <-s.Reports:
+	default:
+	}
 }
 
 // Warm is what a prepared guest is found by. It is made where there is none.

@@ -26,7 +26,8 @@ const ServiceEgress = "egress"
 
 // Greeting is what the keeper answers on a bottle's socket (engine.Socket) as
 // long as the guest is being started: proof for both that the socket which the
-// engine was asked for is in the guest and leads to this keeper.
+// engine was asked for is in the guest and leads to this keeper. The helper
+// answers it with a Report.
 const Greeting = "bottle: this way out\n"
 
 // LookupPath is what the guest's resolver asks the gate for, over
@@ -66,6 +67,14 @@ type Config struct {
 	// Truststore is a file in the guest that holds the same for Java. It takes
 	// the place of those that the image has.
 	Truststore string `json:"truststore,omitempty"`
+
+	// Copy is a path in the guest where the helper puts a copy of itself; "" for
+	// none. What lies on the host each start of it reads anew.
+	Copy string `json:"copy,omitempty"`
+
+	// Folders are those whose inode numbers the host wants to be told in a Report
+	// (transport unix).
+	Folders []string `json:"folders,omitempty"`
 
 	// Addresses are those that the policy opens as such. The guest takes them for
 	// its own, so that what connects to one gets to the helper.

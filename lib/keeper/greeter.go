@@ -22,7 +22,10 @@ type greeter struct {
 	ended   bool
 	greeted int // connections that were given the whole of it
 	busy    int
+	reports chan guest.Report // the last one that came and was not read
 }
+
+func newGreeter() *greeter { return &greeter{reports: make(chan guest.Report, 1)} }
 
 // greet takes c and answers on it, unless the guest has been started already.
 func (g *greeter) greet(c net.Conn) bool {
@@ -48,12 +51,26 @@ func (g *greeter) greet(c net.Conn) bool {
 			g.busy--
 			g.mu.Unlock()
 		}()
-		// The other end closes when it has heard: closing first could take the
-		// answer from it.
+		// The other end answers or closes when it has heard: closing first could take
+		// the greeting from it.
 		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
-		_, _ = io.CopyN(io.Discard, c, 1)
+		if r, ok := guest.ReadReport(c); ok {
+			g.told(r)
+		}
 	}()
 	return true
+}
+
+// told keeps the report in place of one that nobody has read: of a guest that was
+// started again.
+func (g *greeter) told(r guest.Report) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	select {
+	case <-g.reports:
+	default:
+	}
+	g.reports <- r
 }
 
 // over ends the greeting: from now on connections go to the gate. It is an error

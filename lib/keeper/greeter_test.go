@@ -1,9 +1,12 @@
 package keeper
 
 import (
+	"bytes"
+	"encoding/json"
 	"io"
 	"net"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/bottle-tools/bottle/lib/fault"
@@ -17,7 +20,7 @@ func TestGreeter(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	g := &greeter{}
+	g := newGreeter()
 	dial := func() (net.Conn, bool) {
 		t.Helper()
 		c, err := net.Dial("unix", path)
@@ -41,6 +44,27 @@ func TestGreeter(t *testing.T) {
 		if _, err := io.ReadFull(c, b); err != nil || !taken || string(b) != guest.Greeting {
 			t.Errorf("%q, %v, %v", b, taken, err)
 		}
+	}
+	for _, says := range []guest.Report{{Failed: "no"}, {Inodes: []uint64{7, 1 << 63}}} {
+		c, _ := dial()
+		if err := json.NewEncoder(c).Encode(says); err != nil {
+			t.Fatal(err)
+		}
+		// It closes when it has read.
+		if _, err := io.Copy(io.Discard, c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := <-g.reports; got.Failed != "" || !slices.Equal(got.Inodes, []uint64{7, 1 << 63}) {
+		t.Errorf("the last report: %+v", got)
+	}
+	c, _ := dial()
+	_, _ = c.Write(append(bytes.Repeat([]byte("x"), 1<<17), '\n'))
+	_, _ = io.Copy(io.Discard, c)
+	select {
+	case got := <-g.reports:
+		t.Errorf("a report of nonsense: %+v", got)
+	default:
 	}
 	for range 2 * greetLimit { // nobody hears these
 		if _, taken := dial(); !taken {

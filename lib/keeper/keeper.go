@@ -360,7 +360,8 @@ func (k *keeper) listen(s *engine.Spec) (<-chan error, error) {
 		if err != nil {
 			return nil, fault.New(fault.CantCreate, "cannot_create", "the guest's socket: %w", err)
 		}
-		k.greeter = &greeter{}
+		k.greeter = newGreeter()
+		s.Reports = k.greeter.reports
 		k.gates = append(k.gates, l)
 		go k.accept(l.(*net.UnixListener))
 		close(ready) // the engine's Start has waited for the helper

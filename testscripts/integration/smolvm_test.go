@@ -19,7 +19,8 @@ import (
 
 // script is a smolvm that keeps machines as files beside itself, and does what
 // the file "act" there says, which a test writes. Its guest is a sleep that has
-// the workspace open, as a real monitor has, and whose helper hears the keeper.
+// the workspace open, as a real monitor has, and whose helper tells the keeper that
+// it is ready.
 const script = `#!/bin/sh
 d=${0%/*}; echo "$*" >>"$d/calls"
 name=; labels=; ws=; gate=; prev=
@@ -45,7 +46,9 @@ data-dir) [ -f "$m" ] || notfound; echo "$d/vms/$name" ;;
 start)
 	[ -f "$m" ] || notfound
 	ws=$(cat "$m.ws"); [ -n "$ws" ] || ws=/ # a boot check has none
-	sleep 1000 3<"$ws" >/dev/null 2>&1 & echo $! >"$m.pid"; echo running >"$m.state" ;;
+	sleep 1000 3<"$ws" >/dev/null 2>&1 & echo $! >"$m.pid"; echo running >"$m.state"
+	gate=$(cat "$m.gate")
+	[ -z "$gate" ] || [ -e "$d/mute" ] || python3 -c 'import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.recv(99); s.send(b"{}\n")' "$gate" ;;
 ls|status)
 	[ $verb = status ] && { [ -f "$m" ] || notfound; set -- "$m"; } || { set -- "$d"/m/*-????????; echo '['; }
 	sep=
@@ -60,10 +63,7 @@ delete)
 	pid=$(cat "$m.pid"); [ "$pid" = null ] || kill -9 "$pid"
 	rm -f "$m" "$m".*; rm -rf "$d/vms/$name" ;;
 exec)
-	[ -f "$m" ] || notfound
-	case "$*" in *" await "*)
-		python3 -c 'import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.recv(99)' "$(cat "$m.gate")" ;;
-	esac ;;
+	[ -f "$m" ] || notfound ;;
 *) echo "error: unrecognized subcommand" >&2; exit 2 ;;
 esac
 `
@@ -132,7 +132,7 @@ func TestSmolvmMisbehaves(t *testing.T) {
 		{"a folder that is too much", `is data-dir && { echo /; exit; }`, 74, "smolvm_data_dir", nil},
 		{"status without end", `is status && [ -f "$m" ] && exec yes '{'`, 69, "smolvm_garbage", []string{"more than 16 MiB"}},
 		{"another machine's status", `is status && [ -f "$m" ] && { echo '{"name":"x"}'; exit; }`, 69, "smolvm_garbage", nil},
-		{"a guest that never answers", `is exec && { echo "Error: agent operation failed: connect: machine is not running" >&2; exit 1; }`, 69, "smolvm_not_running", []string{"is not running"}},
+		{"a guest that never answers", `is start && touch "$d/mute"; is exec && { rm -f "$d/mute"; echo "Error: agent operation failed: connect: machine is not running" >&2; exit 1; }`, 69, "smolvm_not_running", []string{"is not running"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f.act(c.act)

@@ -25,14 +25,13 @@ const usage = `usage: bottle-guest [init [CONFIG]]
        bottle-guest tar-in DIR
        bottle-guest cover pin|hide PATH
        bottle-guest park
-       bottle-guest adopt ADDRESS SOCKET
+       bottle-guest adopt
 
 init is what the bottle tools start as the first process of a guest; CONFIG is
 ` + engine.GuestConfig + ` by default. tar-out writes PATH as a tar stream to
 stdout, tar-in unpacks one from stdin below DIR; cover mounts over PATH,
 read-only. park is the first process of a machine that bottles are copied from;
-adopt, in the copy, makes it one bottle's own, as stdin says, and waits until
-init listens at ADDRESS and the keeper answers on SOCKET. Example:
+adopt, in the copy, makes it one bottle's own, as stdin says. Example:
 
     bottle-guest tar-out /workspace/report | tar -tf -
 `
@@ -69,16 +68,12 @@ func Main(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		return report(stderr, fault.IO, tarfs.In(rest[0], stdin))
 	case verb == "park" && len(rest) == 0:
 		return report(stderr, fault.Host, helper.Park(engine.GuestHelper, []string{engine.GuestHelper, "init", engine.GuestConfig}))
-	case verb == "adopt" && len(rest) == 2:
+	case verb == "adopt" && len(rest) == 0:
 		parked, err := helper.Parked("/proc", engine.GuestHelper)
 		if err == nil {
 			err = helper.Adopt(stdin, parked)
 		}
-		if err != nil {
-			return report(stderr, fault.Host, err)
-		}
-		status, err := runner.Await(rest[0], rest[1])
-		return report(stderr, status, err)
+		return report(stderr, fault.Host, err)
 	case verb == "cover" && len(rest) == 2 && (rest[0] == helper.CoverPin || rest[0] == helper.CoverHide):
 		return report(stderr, fault.IO, helper.Cover(rest[0], rest[1]))
 	}

@@ -3,7 +3,6 @@
 package gvisor
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -165,10 +164,9 @@ var guestFiles = []string{
 	filepath.Base(engine.GuestHelper), filepath.Base(engine.GuestConfig), bundleFile, caFile, filepath.Base(engine.GuestTruststore),
 }
 
-const (
-	bundleFile = "ca-bundle.pem"
-	caFile     = "ca.pem"
-)
+var bundleFile = filepath.Base(engine.GuestBundle)
+
+const caFile = "ca.pem"
 
 // writeGuestDir fills dir, which becomes GuestDir in the guest: the helper's
 // config, the trust files, and a mountpoint for the helper itself.
@@ -198,36 +196,10 @@ func writeGuestDir(dir string, s *engine.Spec, prepared bool) error {
 }
 
 func guestConfig(s *engine.Spec, prepared bool) *guest.Config {
-	c := &guest.Config{
-		Transport: guest.TransportFD, FD: 3, Hostname: s.ID, Prepared: prepared,
-		Relays:    []guest.Relay{{Listen: engine.GuestProxy, Service: guest.ServiceEgress}},
-		User:      guestUser(s.Bottle.User),
-		PidsMax:   pidsMax(s.Bottle.Resources.Pids),
-		Addresses: guest.Addresses(s.Bottle.Egress.Rules),
-		CACert:    string(bytes.TrimSpace(s.CACert)),
-	}
-	if c.CACert != "" {
-		c.CACert += "\n"
-	}
-	if len(s.CABundle) > 0 {
-		c.CABundle = engine.GuestDir + "/ca-bundle.pem"
-	}
-	if len(s.CACert) > 0 {
-		c.Truststore = engine.GuestTruststore
-	}
-	for _, f := range s.Bottle.Files {
-		c.Files = append(c.Files, guest.File{Path: f.Path, Content: f.Content})
-	}
+	c := s.GuestConfig(engine.GuestUserOf(s.Bottle.User, engine.GuestUID, engine.GuestUID))
+	c.Transport, c.FD, c.Prepared = guest.TransportFD, 3, prepared
+	c.PidsMax = pidsMax(s.Bottle.Resources.Pids)
 	return c
-}
-
-// guestUser is the bottle's own user. The home is the same for root: HOME says
-// so, and a kept home is mounted there.
-func guestUser(name string) guest.User {
-	if name == "root" {
-		return guest.User{Name: "root", Home: engine.GuestHome}
-	}
-	return guest.User{Name: engine.GuestUser, UID: engine.GuestUID, GID: engine.GuestUID, Home: engine.GuestHome}
 }
 
 // pidsMax leaves room for the helper, whose threads count like processes.

@@ -53,7 +53,7 @@ const flushLimit = 20 * time.Second
 func flush(ctx context.Context, c *smolvm.Client, id string) {
 	ctx, cancel := context.WithTimeout(ctx, flushLimit)
 	defer cancel()
-	_, _ = firstExec(ctx, c, id, engine.GuestHelper, "sync")
+	_, _ = firstExec(ctx, c, id, "", engine.GuestHelper, "sync")
 }
 
 // Restart boots the machine again. What it shows of the host was settled when it
@@ -90,8 +90,7 @@ func (e *Engine) Restart(ctx context.Context, s *engine.Spec) (*engine.Started, 
 
 func (e *Engine) bootAgain(ctx context.Context, c *smolvm.Client, s *engine.Spec, pins pins) (int, error) {
 	if err := stage(s); err != nil {
-		return 0, fault.New(fault.CantCreate, "cannot_create", "what the guest gets: %w", err).
-			WithHint("look at the disk that holds %s", s.Dir)
+		return 0, err
 	}
 	return e.boot(ctx, c, s, pins)
 }

@@ -181,6 +181,17 @@ func monitorOf(pid int, dirs []string) bool {
 	return false
 }
 
+// monitorIn gives the guest monitor whose files are in one of dirs, 0 if there is
+// none.
+func monitorIn(dirs []string) int {
+	for _, pid := range processes() {
+		if monitorOf(pid, dirs) {
+			return pid
+		}
+	}
+	return 0
+}
+
 // waitEnd blocks until the guest's monitor has ended.
 func waitEnd(ctx context.Context, pid int) error {
 	if pid <= 0 {

@@ -96,7 +96,7 @@ func programEnv(getenv func(string) string) []string {
 func (e *Engine) Name() string                { return "smolvm" }
 func (e *Engine) Transport() engine.Transport { return engine.Socket }
 
-// client finds smolvm and asks for its version, once.
+// client finds smolvm and its version, once.
 func (e *Engine) client(ctx context.Context) (*smolvm.Client, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -110,7 +110,7 @@ func (e *Engine) client(ctx context.Context) (*smolvm.Client, error) {
 	if err := trust.Program("smolvm", bin, e.judged(append(e.reach(), e.away...))); err != nil {
 		return nil, err
 	}
-	c, err := smolvm.Open(ctx, bin, e.env)
+	c, err := e.open(ctx, bin)
 	if err != nil {
 		return nil, err
 	}

@@ -57,7 +57,7 @@ func newSpec(t *testing.T) *engine.Spec {
 			Files: []plan.File{{Path: ".agent.json", Content: "{}"}}},
 		Workspace: filepath.Join(dir, "work"), Rootfs: filepath.Join(dir, "rootfs"),
 		Binds:       []engine.Bind{{Source: filepath.Join(dir, "extra"), Target: "/opt/extra", ReadOnly: true}},
-		GuestHelper: helper, CABundle: []byte("bundle"), CACert: []byte("cert"),
+		GuestHelper: helper, CABundle: []byte("bundle"), CACert: []byte("cert\n"),
 		Env:     []string{"PATH=/usr/bin:/bin", "HOME=/home/agent"},
 		HostUID: os.Geteuid(), HostGID: os.Getegid(),
 		GateSocket: filepath.Join(dir, "gate.sock"),
@@ -386,7 +386,7 @@ func checkStaged(t *testing.T, s *engine.Spec) {
 		t.Fatal(err)
 	}
 	if cfg.Transport != guest.TransportUnix || len(cfg.Relays) != 1 || cfg.Relays[0].Socket != "/run/bottle/gate.sock" || cfg.Relays[0].Listen != "127.0.0.1:3128" ||
-		cfg.User.UID != 1000 || cfg.CABundle != "/opt/bottle/ca-bundle.pem" || cfg.CACert != "cert" || len(cfg.Files) != 1 {
+		cfg.User.UID != 1000 || cfg.CABundle != "/opt/bottle/ca-bundle.pem" || cfg.CACert != "cert\n" || len(cfg.Files) != 1 {
 		t.Errorf("config: %s", b)
 	}
 	if fi, err := os.Stat(s.Dir + "/smolvm/guest/guest"); err != nil || fi.Mode().Perm()&0o111 == 0 {
@@ -521,6 +521,94 @@ func TestHelperFails(t *testing.T) {
 	if !strings.Contains(f.Calls(t), `"delete"`) {
 		t.Errorf("calls:\n%s", f.Calls(t))
 	}
+}
+
+// telling gives what a keeper hears of the guest, again and again: what it told
+// before the start that counts is forgotten.
+func telling(t *testing.T, r guest.Report) <-chan guest.Report {
+	t.Helper()
+	reports, ctx := make(chan guest.Report), t.Context()
+	go func() {
+		for {
+			select {
+			case reports <- r:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return reports
+}
+
+func inodesOf(t *testing.T, folders ...string) []uint64 {
+	t.Helper()
+	all, err := guest.Inodes(folders)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// What the helper tells by the gate's socket counts, and a guest that tells
+// nothing is asked by a command.
+func TestReports(t *testing.T) {
+	defer func(d time.Duration) { reportLimit = d }(reportLimit)
+	reportLimit = 100 * time.Millisecond
+	for _, tt := range []struct {
+		name    string
+		reports func(*engine.Spec) <-chan guest.Report
+		asked   bool
+		code    string
+		says    []string
+	}{
+		{"ready", func(s *engine.Spec) <-chan guest.Report {
+			return telling(t, guest.Report{Inodes: inodesOf(t, s.Workspace, s.Binds[0].Source)})
+		}, false, "", nil},
+		{"failed", func(*engine.Spec) <-chan guest.Report { return telling(t, guest.Report{Failed: "no /etc/passwd"}) },
+			false, "guest_failed", []string{"no /etc/passwd"}},
+		{"silent", func(*engine.Spec) <-chan guest.Report { return make(chan guest.Report) }, true, "gate_socket_missing", []string{"1.9.1"}},
+		{"a guest that was started before", func(*engine.Spec) <-chan guest.Report {
+			old := make(chan guest.Report, 1)
+			old <- guest.Report{}
+			return old
+		}, true, "gate_socket_missing", nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newSpec(t)
+			s.Reports = tt.reports(s)
+			monitor := monitorFor(t, s.Workspace, s.Binds[0].Source)
+			e, f := scripted(t, version("1.9.1"),
+				answer(0, created, "", createArgv(s)...),
+				answer(0, vmDir(s)+"\n", "", "machine", "data-dir", "--name", s.ID),
+				answer(0, "", starting, "machine", "start", "--name", s.ID),
+				answer(0, statusJSON(s.ID, "running", monitor.Pid), "", "machine", "status", "--name", s.ID, "--json"),
+				answer(123, "", "bottle-guest: error: the gate's socket\n", awaits(s.ID)...),
+				answer(0, "Deleted machine: x\n", "", "machine", "delete", "--name", s.ID, "-f"),
+				answer(0, "[]\n", "", "machine", "ls", "--json"))
+			_, err := e.Start(t.Context(), s)
+			if tt.code != "" {
+				wantFault(t, err, fault.Unavailable, tt.code, tt.says...)
+			} else if err != nil {
+				t.Error(err)
+			}
+			if asked := strings.Contains(f.Calls(t), `"await"`); asked != tt.asked {
+				t.Errorf("asked: %v\n%s", asked, f.Calls(t))
+			}
+		})
+	}
+	cfg, err := os.ReadFile(filepath.Join(guestDir(stagedSpec(t).Dir), "config.json"))
+	if err != nil || !strings.Contains(string(cfg), `"folders":["/workspace","/opt/extra"]`) {
+		t.Errorf("what the helper is asked: %s, %v", cfg, err)
+	}
+}
+
+func stagedSpec(t *testing.T) *engine.Spec {
+	t.Helper()
+	s := newSpec(t)
+	if err := stage(s); err != nil {
+		t.Fatal(err)
+	}
+	return s
 }
 
 // A socket that smolvm was asked for and that is not in the guest is a failed

@@ -2,6 +2,7 @@ package smolvm
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -23,11 +24,13 @@ import (
 )
 
 const (
-	execTries   = 4
 	signalTries = 3
 	signalLimit = 10 * time.Second
 	ranLimit    = 20 * time.Second
 )
+
+// execPatience is how long a guest may be "not running" while its monitor lives.
+var execPatience = 10 * time.Second
 
 // newMarker gives 32 hex digits that no guest can guess.
 func newMarker() (string, error) {
@@ -56,19 +59,21 @@ func (e *Engine) Exec(ctx context.Context, r engine.Ref, q engine.ExecRequest) (
 
 	ctx, giveUp := context.WithCancelCause(ctx)
 	defer giveUp(nil)
-	stop := e.passSignals(ctx, c, r.ID, marker, q.Signals, func(err error) { giveUp(silent(r.ID, err)) })
+	h := helperOf(c, r)
+	stop := h.passSignals(ctx, marker, q.Signals, func(err error) { giveUp(silent(r.ID, err)) })
 	defer stop()
-	defer watchBegin(ctx, c, r.ID, func(err error) { giveUp(silent(r.ID, err)) })()
+	defer h.watchBegin(ctx, func(err error) { giveUp(silent(r.ID, err)) })()
 	defer func() {
 		// Ending smolvm's exec is not known to end the guest's command.
 		if ctx.Err() != nil && fault.As(context.Cause(ctx)).Code != silentCode {
-			_ = sendSignal(context.WithoutCancel(ctx), c, r.ID, marker, syscall.SIGKILL)
+			_ = h.signal(context.WithoutCancel(ctx), marker, syscall.SIGKILL)
 		}
 	}()
 	a := smolvm.Attached{Stdin: q.Stdin, Stdout: q.Stdout, Stderr: q.Stderr, TTY: q.TTY, Dir: "/",
-		Ran: func(ctx context.Context) (int, bool) { return ran(ctx, c, r.ID, marker) }}
-	for try := 1; ; try++ {
-		status, err := c.MachineExecAttached(ctx, r.ID, a, engine.GuestHelper, "run", marker)
+		Ran: func(ctx context.Context) (int, bool) { return h.ran(ctx, marker) }}
+	begun, pause := time.Now(), probeFirst
+	for {
+		status, err := c.MachineExecAttached(ctx, r.ID, a, h.path, "run", marker)
 		if cause := context.Cause(ctx); err != nil && cause != nil && fault.As(cause).Code == silentCode {
 			return status, cause
 		}
@@ -80,13 +85,29 @@ func (e *Engine) Exec(ctx context.Context, r engine.Ref, q engine.ExecRequest) (
 		if alive, aerr := e.Alive(ctx, r); aerr != nil || !alive {
 			return status, err
 		}
-		if try == execTries {
+		if time.Since(begun) > execPatience {
 			return status, silent(r.ID, err)
 		}
-		if serr := sleep(ctx, probePause); serr != nil {
+		if serr := sleep(ctx, pause); serr != nil {
 			return status, serr
 		}
+		pause = min(2*pause, probePause)
 	}
+}
+
+// helper is the guest's, which commands are run and asked about with.
+type helper struct {
+	c        *smolvm.Client
+	id, path string
+}
+
+func helperOf(c *smolvm.Client, r engine.Ref) helper {
+	return helper{c, r.ID, cmp.Or(readRecord(r.Dir, r.ID).Helper, engine.GuestHelper)}
+}
+
+// ask runs a verb of the helper's.
+func (h helper) ask(ctx context.Context, limit time.Duration, verb ...string) (smolvm.Result, error) {
+	return h.c.MachineExec(ctx, h.id, smolvm.ExecOptions{Limit: limit}, append([]string{h.path}, verb...)...)
 }
 
 const silentCode = "guest_silent"
@@ -138,8 +159,8 @@ func mergeEnv(base, over []string) []string {
 }
 
 // ran asks the runner how the command ended.
-func ran(ctx context.Context, c *smolvm.Client, id, marker string) (int, bool) {
-	r, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: ranLimit}, engine.GuestHelper, "ran", marker)
+func (h helper) ran(ctx context.Context, marker string) (int, bool) {
+	r, err := h.ask(ctx, ranLimit, "ran", marker)
 	if err != nil || r.Code != 0 {
 		return 0, false
 	}
@@ -157,12 +178,12 @@ var (
 	beginTries = 4
 )
 
-func watchBegin(ctx context.Context, c *smolvm.Client, id string, lost func(error)) (stop func()) {
+func (h helper) watchBegin(ctx context.Context, lost func(error)) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for try := 1; sleep(ctx, beginWatch) == nil; try++ {
-			_, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: ranLimit}, engine.GuestHelper, "inodes", "/")
+			_, err := h.ask(ctx, ranLimit, "inodes", "/")
 			if err == nil {
 				return
 			}
@@ -178,7 +199,7 @@ func watchBegin(ctx context.Context, c *smolvm.Client, id string, lost func(erro
 // passSignals gives each signal to the command by a call of its own, in order.
 // lost is called when a guest does not take one that is to end the command:
 // whoever pressed Ctrl-C must not hang for ever with it.
-func (e *Engine) passSignals(ctx context.Context, c *smolvm.Client, id, marker string, signals <-chan os.Signal, lost func(error)) (stop func()) {
+func (h helper) passSignals(ctx context.Context, marker string, signals <-chan os.Signal, lost func(error)) (stop func()) {
 	if signals == nil {
 		return func() {}
 	}
@@ -197,7 +218,7 @@ func (e *Engine) passSignals(ctx context.Context, c *smolvm.Client, id, marker s
 				if !ok {
 					continue
 				}
-				if err := insist(ctx, c, id, marker, n); err != nil && ctx.Err() == nil && ends(n) {
+				if err := h.insist(ctx, marker, n); err != nil && ctx.Err() == nil && ends(n) {
 					lost(err)
 					return
 				}
@@ -213,9 +234,9 @@ func ends(s syscall.Signal) bool {
 }
 
 // insist sends the signal, again and again to a guest that is slow.
-func insist(ctx context.Context, c *smolvm.Client, id, marker string, s syscall.Signal) error {
+func (h helper) insist(ctx context.Context, marker string, s syscall.Signal) error {
 	for try := 1; ; try++ {
-		err := sendSignal(ctx, c, id, marker, s)
+		err := h.signal(ctx, marker, s)
 		if err == nil || try == signalTries || !errors.Is(err, smolvm.ErrNotRunning) {
 			return err
 		}
@@ -225,10 +246,10 @@ func insist(ctx context.Context, c *smolvm.Client, id, marker string, s syscall.
 	}
 }
 
-// sendSignal: what the runner answers does not matter, the command may be gone
+// signal: what the runner answers does not matter, the command may be gone
 // already, and its status tells. An error is smolvm's.
-func sendSignal(ctx context.Context, c *smolvm.Client, id, marker string, s syscall.Signal) error {
-	_, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: signalLimit}, engine.GuestHelper, "signal", marker, strconv.Itoa(int(s)))
+func (h helper) signal(ctx context.Context, marker string, s syscall.Signal) error {
+	_, err := h.ask(ctx, signalLimit, "signal", marker, strconv.Itoa(int(s)))
 	return err
 }
 

@@ -3,7 +3,6 @@
 package smolvm
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,8 +14,8 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
-	"github.com/bottle-tools/bottle/lib/engine/smolvm/runner"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/guest"
 	"github.com/bottle-tools/bottle/lib/smolvm"
 	"github.com/bottle-tools/bottle/lib/state"
 )
@@ -281,16 +280,13 @@ func TestExchangedFolderOfAPlainUser(t *testing.T) {
 	if got := fmt.Sprint(ps.folders()); got != "[/workspace /opt/x]" {
 		t.Error(got)
 	}
-	// The runner's own words, and those of a guest with other folders.
+	// What the helper tells, and that of a guest with other folders.
 	asked := func(paths ...string) error {
-		return ps.seen(func() ([]byte, error) {
-			var out bytes.Buffer
-			status, ok := runner.Main(append([]string{"inodes"}, paths...), &out, os.Stderr)
-			if status != 0 || !ok {
-				t.Errorf("%d %v", status, ok)
-			}
-			return out.Bytes(), nil
-		})
+		inodes, err := guest.Inodes(paths)
+		if err != nil {
+			t.Error(err)
+		}
+		return ps.seen(inodes)
 	}
 	if err := asked(s.Workspace, s.RunDir); err != nil {
 		t.Error(err)

@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -67,8 +66,8 @@ func (ps pins) folders() []string {
 }
 
 // mounted makes sure that the guest has these folders, and not what took their
-// places. inodes gives what the guest tells of theirs.
-func (ps pins) mounted(pid int, inodes func() ([]byte, error)) error {
+// places. inodes are what the guest tells of theirs.
+func (ps pins) mounted(pid int, inodes []uint64) error {
 	err := ps.heldBy(pid)
 	if !errors.Is(err, fs.ErrPermission) {
 		return err
@@ -131,21 +130,13 @@ func (ps pins) still() error {
 // seen compares the inode numbers that the guest tells of its folders. The helper
 // answers, of which the image has no say; another folder with the same number would
 // have to be on another file system.
-func (ps pins) seen(inodes func() ([]byte, error)) error {
-	if len(ps) == 0 {
-		return nil
-	}
-	out, err := inodes()
-	if err != nil {
-		return err
-	}
-	got := strings.Fields(string(out))
+func (ps pins) seen(got []uint64) error {
 	for i, f := range ps {
 		fi, err := f.Stat()
 		if err != nil {
 			return exchanged(f.Name(), err.Error())
 		}
-		if i >= len(got) || got[i] != strconv.FormatUint(fi.Sys().(*syscall.Stat_t).Ino, 10) {
+		if i >= len(got) || got[i] != fi.Sys().(*syscall.Stat_t).Ino {
 			return exchanged(f.Name(), "the guest has another folder")
 		}
 	}

@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/ca"
@@ -40,10 +42,7 @@ import (
 // in a mount namespace in which the image cannot be written to; where a host has no
 // such thing, the bottle has a copy. Guests keep what they change on a disk of their
 // own in either case.
-const (
-	caBundle    = "ca-bundle.pem"
-	requestsDir = "run"
-)
+const requestsDir = "run"
 
 func ownDir(dir string) string       { return filepath.Join(dir, "smolvm") }
 func guestDir(dir string) string     { return filepath.Join(ownDir(dir), "guest") }
@@ -62,6 +61,10 @@ const (
 	cleanupLimit = 2 * time.Minute
 )
 
+// reportLimit is what a guest has to tell that it is ready, from when smolvm calls
+// its machine started. One that takes longer is asked.
+var reportLimit = 5 * time.Second
+
 // machineRecord is machine.json.
 type machineRecord struct {
 	Name    string `json:"name"`
@@ -69,6 +72,9 @@ type machineRecord struct {
 	// Shown are the folders and the socket that it was created with.
 	Shown []string `json:"shown"`
 	Base  string   `json:"base,omitempty"` // the prepared machine that it is a copy of
+	// Helper is what runs commands in it, once it is ready. Bottles of tools that knew
+	// no copy have none.
+	Helper string `json:"helper,omitempty"`
 }
 
 // shownBy lists what of the host a machine is given, and where that leads: the
@@ -86,7 +92,7 @@ func shownBy(vs []smolvm.Volume, gateSocket string) []string {
 }
 
 // Start creates the machine, boots it with the guest helper as its workload,
-// and returns when a command ran in it. On failure nothing is left.
+// and returns when that has told that the guest is ready. On failure nothing is left.
 func (e *Engine) Start(ctx context.Context, s *engine.Spec) (*engine.Started, error) {
 	if err := e.Prepare(ctx, s); err != nil {
 		return nil, err
@@ -95,6 +101,7 @@ func (e *Engine) Start(ctx context.Context, s *engine.Spec) (*engine.Started, er
 	if err != nil {
 		return nil, err
 	}
+	e.note(c)
 	pid, warm := 0, ""
 	if s.Warm != nil {
 		pid, warm, err = e.warmUp(ctx, c, s)
@@ -133,15 +140,14 @@ func enforcement(r plan.Resources) plan.Enforcement {
 }
 
 func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) (pid int, err error) {
-	if err := stage(s); err != nil {
-		return 0, fault.New(fault.CantCreate, "cannot_create", "what the guest gets: %w", err).
-			WithHint("look at the disk that holds %s", s.Dir)
-	}
-	if err := placeImage(ctx, s); err != nil {
-		return 0, err
-	}
 	vs, err := volumes(s)
 	if err != nil {
+		return 0, err
+	}
+	if err := stage(s); err != nil {
+		return 0, err
+	}
+	if err := placeImage(ctx, s); err != nil {
 		return 0, err
 	}
 	spec, err := createSpec(s, vs)
@@ -162,7 +168,7 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 	return e.boot(ctx, c, s, pins)
 }
 
-// boot starts the machine and waits until commands run in it.
+// boot starts the machine and waits until its helper is ready.
 func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec, pins pins) (pid int, err error) {
 	booted, err := startMachine(ctx, c, s)
 	if err != nil {
@@ -174,12 +180,12 @@ func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec, pin
 	if pid, err = recordMonitor(ctx, c, s, booted); err != nil {
 		return 0, err
 	}
-	inodes, err := probe(ctx, c, s.ID, pins.folders())
+	inodes, err := isReady(ctx, c, s, pins.folders())
 	if err != nil {
 		return 0, err
 	}
 	// All folders are mounted by now.
-	return pid, pins.mounted(pid, func() ([]byte, error) { return inodes, nil })
+	return pid, pins.mounted(pid, inodes)
 }
 
 // recordMonitor writes the process of the guest into the bottle's record. said is
@@ -195,18 +201,6 @@ func recordMonitor(ctx context.Context, c *smolvm.Client, s *engine.Spec, said i
 		err = s.Record("smolvm", pid)
 	}
 	return pid, err
-}
-
-// telling asks the guest for the inode numbers of folders.
-func telling(ctx context.Context, c *smolvm.Client, id string, folders []string) func() ([]byte, error) {
-	return func() ([]byte, error) {
-		r, err := firstExec(ctx, c, id, append([]string{engine.GuestHelper, "inodes"}, folders...)...)
-		if err == nil && r.Code != 0 {
-			err = fault.New(fault.Unavailable, "guest_failed", "the guest does not tell what it was given: status %d, %.200q", r.Code, r.Stderr).
-				WithHint("see what it said with: smolvm machine logs")
-		}
-		return r.Stdout, err
-	}
 }
 
 // placeImage makes the folder that the machine has its image from, unless it has a
@@ -231,6 +225,7 @@ func placeImage(ctx context.Context, s *engine.Spec) error {
 func startMachine(ctx context.Context, c *smolvm.Client, s *engine.Spec) (pid int, err error) {
 	start := func(launch smolvm.Launch) error {
 		return patiently(ctx, c, s.ID, s.Dir, func(ctx context.Context, id string) (err error) {
+			s.ForgetReports() // of a start that failed
 			pid, err = c.MachineStartIn(ctx, id, launch)
 			return err
 		})
@@ -345,6 +340,19 @@ func createSpec(s *engine.Spec, vs []smolvm.Volume) (smolvm.CreateSpec, error) {
 
 // stage makes the guest's /opt/bottle on the host.
 func stage(s *engine.Spec) error {
+	vs, err := volumes(s)
+	if err != nil {
+		return err
+	}
+	if err := writeGuestDir(s, elsewhere(vs, s.Dir)); err != nil {
+		return fault.New(fault.CantCreate, "cannot_create", "what the guest gets: %w", err).
+			WithHint("look at the disk that holds %s", s.Dir)
+	}
+	return nil
+}
+
+// writeGuestDir writes it; told are the folders that the helper has to tell of.
+func writeGuestDir(s *engine.Spec, told []smolvm.Volume) error {
 	dir := guestDir(s.Dir)
 	// Of a guest that was stopped: requests of commands that have ended with it.
 	if err := state.RemoveAll(filepath.Join(dir, requestsDir)); err != nil {
@@ -353,11 +361,11 @@ func stage(s *engine.Spec) error {
 	if err := os.MkdirAll(filepath.Join(dir, requestsDir), 0o755); err != nil {
 		return err
 	}
-	cfg, err := json.Marshal(guestConfig(s))
+	cfg, err := json.Marshal(guestConfig(s, told))
 	if err != nil {
 		return err
 	}
-	files := map[string][]byte{"config.json": cfg, caBundle: s.CABundle}
+	files := map[string][]byte{"config.json": cfg, path.Base(engine.GuestBundle): s.CABundle}
 	if len(s.CACert) > 0 {
 		files["ca.pem"] = s.CACert // NODE_EXTRA_CA_CERTS names it
 		files[path.Base(engine.GuestTruststore)] = ca.Truststore(s.CABundle)
@@ -370,35 +378,20 @@ func stage(s *engine.Spec) error {
 	return copyFile(s.GuestHelper, filepath.Join(dir, filepath.Base(engine.GuestHelper)), 0o755)
 }
 
-func guestConfig(s *engine.Spec) guest.Config {
-	u := userOf(s.Bottle.User)
-	u.Home = engine.GuestHome
-	cfg := guest.Config{
-		Transport: guest.TransportUnix,
-		Relays:    []guest.Relay{{Listen: engine.GuestProxy, Service: guest.ServiceEgress, Socket: engine.GuestSocket}},
-		Hostname:  s.ID,
-		User:      u,
-		CACert:    string(s.CACert),
-		Addresses: guest.Addresses(s.Bottle.Egress.Rules),
+// guestConfig is the helper's; told are the folders that it has to tell of.
+func guestConfig(s *engine.Spec, told []smolvm.Volume) *guest.Config {
+	c := s.GuestConfig(userOf(s.Bottle.User))
+	c.Transport, c.Copy = guest.TransportUnix, runner.LocalHelper
+	c.Relays[0].Socket = engine.GuestSocket
+	for _, v := range told {
+		c.Folders = append(c.Folders, v.Guest)
 	}
-	if len(s.CABundle) > 0 {
-		cfg.CABundle = engine.GuestDir + "/" + caBundle
-	}
-	if len(s.CACert) > 0 {
-		cfg.Truststore = engine.GuestTruststore
-	}
-	for _, f := range s.Bottle.Files {
-		cfg.Files = append(cfg.Files, guest.File{Path: f.Path, Content: f.Content})
-	}
-	return cfg
+	return c
 }
 
 func userOf(name string) guest.User {
-	if name == "root" {
-		return guest.User{Name: "root", Home: engine.GuestHome}
-	}
 	uid, gid := agentIDs(os.Geteuid(), os.Getegid())
-	return guest.User{Name: engine.GuestUser, UID: uid, GID: gid, Home: engine.GuestHome}
+	return engine.GuestUserOf(name, uid, gid)
 }
 
 // agentIDs are those of the guest's agent. smolvm's file server passes them
@@ -437,7 +430,7 @@ func remember(ctx context.Context, c *smolvm.Client, id, dir string, shown []str
 		return dataDirFault(id, fmt.Errorf("%s is no folder of one machine", data))
 	}
 	rec := readRecord(dir, id)
-	rec.DataDir, rec.Shown = data, shown
+	rec.DataDir, rec.Shown, rec.Helper = data, shown, runner.LocalHelper
 	if err := rec.save(dir); err != nil {
 		return err
 	}
@@ -552,12 +545,33 @@ func spoke(dirs []string) bool {
 	return false
 }
 
-// probe waits until commands run in the guest, the helper relays, and the keeper
-// has answered on the gate's socket: smolvm has dropped sockets that it was asked
-// for without a word ("machine create --from", its fix 746). It gives what the guest
-// tells of the inode numbers of folders, which a call of its own would have to ask.
-func probe(ctx context.Context, c *smolvm.Client, id string, folders []string) (inodes []byte, err error) {
-	r, err := firstExec(ctx, c, id, append([]string{engine.GuestHelper, "await", engine.GuestProxy, engine.GuestSocket}, folders...)...)
+// isReady waits until the guest's helper has told by the gate's socket that it
+// relays: smolvm has dropped sockets that it was asked for without a word ("machine
+// create --from", its fix 746). A guest that tells nothing is asked why. inodes are
+// the numbers that it tells of folders.
+func isReady(ctx context.Context, c *smolvm.Client, s *engine.Spec, folders []string) (inodes []uint64, err error) {
+	if s.Reports == nil {
+		return probe(ctx, c, s.ID, folders)
+	}
+	late := time.NewTimer(reportLimit)
+	defer late.Stop()
+	select {
+	case r := <-s.Reports:
+		if r.Failed != "" {
+			return nil, fault.New(fault.Unavailable, "guest_failed", "the guest helper could not set the guest up: %s", r.Failed).
+				WithHint("see that the image is whole, and what it said with: smolvm machine logs")
+		}
+		return r.Inodes, nil
+	case <-late.C:
+		return probe(ctx, c, s.ID, folders)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// probe asks by a command, and tells what is wrong where the guest is not ready.
+func probe(ctx context.Context, c *smolvm.Client, id string, folders []string) (inodes []uint64, err error) {
+	r, err := firstExec(ctx, c, id, "", append([]string{engine.GuestHelper, "await", engine.GuestProxy, engine.GuestSocket}, folders...)...)
 	switch {
 	case err != nil:
 		return nil, err
@@ -568,15 +582,26 @@ func probe(ctx context.Context, c *smolvm.Client, id string, folders []string) (
 		return nil, fault.New(fault.Unavailable, "guest_failed", "the guest helper did not get ready: status %d, %.200q", r.Code, r.Stderr).
 			WithHint("see what it said with: smolvm machine logs; the image has to be of this machine's architecture")
 	}
-	return r.Stdout, nil
+	for _, n := range strings.Fields(string(r.Stdout)) {
+		ino, err := strconv.ParseUint(n, 10, 64)
+		if err != nil {
+			break // the guest says nothing that could be of a folder
+		}
+		inodes = append(inodes, ino)
+	}
+	return inodes, nil
 }
 
-// firstExec runs a command in a guest that has just been started, and waits for
-// one that smolvm does not know as running yet.
-func firstExec(ctx context.Context, c *smolvm.Client, id string, argv ...string) (smolvm.Result, error) {
+// firstExec runs a command, with stdin as its input, in a guest that has just been
+// started, and waits for one that smolvm does not know as running yet.
+func firstExec(ctx context.Context, c *smolvm.Client, id, stdin string, argv ...string) (smolvm.Result, error) {
 	pause := probeFirst
 	for try := 1; ; try++ {
-		r, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: probeLimit}, argv...)
+		o := smolvm.ExecOptions{Limit: probeLimit}
+		if stdin != "" {
+			o.Stdin = strings.NewReader(stdin)
+		}
+		r, err := c.MachineExec(ctx, id, o, argv...)
 		if !errors.Is(err, smolvm.ErrNotRunning) || try == probeTries {
 			return r, err
 		}
@@ -670,7 +695,7 @@ func (e *Engine) Check(ctx context.Context, dir string) (err error) {
 	if err := startPatiently(ctx, c, id, dir); err != nil {
 		return explainBoot(err, e.getenv, spoke(dataDirs(ctx, c, id, dir)))
 	}
-	r, err := firstExec(ctx, c, id, "true")
+	r, err := firstExec(ctx, c, id, "", "true")
 	if err == nil && r.Code != 0 {
 		err = fmt.Errorf("true ended with %d", r.Code)
 	}

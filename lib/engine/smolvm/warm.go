@@ -18,7 +18,6 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
-	"github.com/bottle-tools/bottle/lib/engine/smolvm/runner"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/guest"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -404,7 +403,7 @@ func (e *Engine) makeBase(ctx context.Context, c *smolvm.Client, s *engine.Spec,
 
 // helps makes sure that the helper runs in the machine.
 func helps(ctx context.Context, c *smolvm.Client, name string) error {
-	r, err := firstExec(ctx, c, name, engine.GuestHelper, "help")
+	r, err := firstExec(ctx, c, name, "", engine.GuestHelper, "help")
 	if err == nil && r.Code != 0 {
 		return fault.New(fault.Unavailable, "guest_failed", "the guest helper does not run: status %d, %.200q", r.Code, r.Stderr).
 			WithHint("the image has to be of this machine's architecture")
@@ -453,15 +452,19 @@ func (e *Engine) copyBase(ctx context.Context, c *smolvm.Client, s *engine.Spec,
 	if err := remember(ctx, c, s.ID, s.Dir, shownBy(vs, s.GateSocket)); err != nil {
 		return 0, err
 	}
-	pid, err := recordMonitor(ctx, c, s, 0)
+	pid, err := recordMonitor(ctx, c, s, monitorIn(notedDir(s.ID, s.Dir)))
 	if err != nil {
 		return 0, err
 	}
 	if err := adopt(ctx, c, s.ID); err != nil {
 		return 0, err
 	}
+	inodes, err := isReady(ctx, c, s, pins.folders())
+	if err != nil {
+		return 0, err
+	}
 	b.WarmMS = time.Since(begun).Milliseconds()
-	return pid, join(b.save(), pins.mounted(pid, telling(ctx, c, s.ID, pins.folders())))
+	return pid, join(b.save(), pins.mounted(pid, inodes))
 }
 
 // closeSoon closes smolvm's folder of a machine that is about to be copied as
@@ -500,31 +503,19 @@ func names(dir string) map[string]bool {
 	return all
 }
 
-// adopt makes the copy the bottle's own, and waits for its helper. The seed goes
-// by the command's input: what is in an argument or a file others can read.
+// adopt makes the copy the bottle's own. The seed goes by the command's input: what
+// is in an argument or a file others can read.
 func adopt(ctx context.Context, c *smolvm.Client, id string) error {
 	in, err := adoption(id)
 	if err != nil {
 		return err
 	}
-	for try := 1; ; try++ {
-		r, err := c.MachineExec(ctx, id, smolvm.ExecOptions{Limit: probeLimit, Stdin: strings.NewReader(in)},
-			engine.GuestHelper, "adopt", engine.GuestProxy, engine.GuestSocket)
-		switch {
-		case errors.Is(err, smolvm.ErrNotRunning) && try < probeTries: // slow to answer
-			if serr := sleep(ctx, probePause); serr != nil {
-				return join(err, serr)
-			}
-			continue
-		case err == nil && r.Code == runner.NoGate:
-			return fault.New(fault.Unavailable, "gate_socket_missing", "the copied guest runs, but the gate's socket is not in it: %.200q", r.Stderr).
-				WithHint("leave --warm out, or install another version than smolvm %s", c.Version)
-		case err == nil && r.Code != 0:
-			return fault.New(fault.Unavailable, "guest_failed", "the copied guest did not become a bottle: status %d, %.200q", r.Code, r.Stderr).
-				WithHint("leave --warm out; bottle-vm doctor tells what works here")
-		}
-		return err
+	r, err := firstExec(ctx, c, id, in, engine.GuestHelper, "adopt")
+	if err == nil && r.Code != 0 {
+		return fault.New(fault.Unavailable, "guest_failed", "the copied guest did not become a bottle: status %d, %.200q", r.Code, r.Stderr).
+			WithHint("leave --warm out; bottle-vm doctor tells what works here")
 	}
+	return err
 }
 
 func adoption(id string) (string, error) {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/guest"
 	"github.com/bottle-tools/bottle/lib/smolvm"
 	"github.com/bottle-tools/bottle/lib/state"
 )
@@ -191,7 +192,7 @@ func TestWarmStart(t *testing.T) {
 			answer(0, "Machine running\n", "Freezing\n", "machine", "fork", "--golden", b.Name, "--name", s.ID),
 			answer(0, filepath.Join(filepath.Dir(s.Warm.Dir), "vms", "copy")+"\n", "", "machine", "data-dir", "--name", s.ID),
 			answer(0, statusJSON(s.ID, "running", copied), "", "machine", "status", "--name", s.ID, "--json"),
-			answer(0, "", "", "machine", "exec", "--name", s.ID, "-i", "--", "/opt/bottle/guest", "adopt", "127.0.0.1:3128", "/run/bottle/gate.sock"),
+			answer(0, "", "", "machine", "exec", "--name", s.ID, "-i", "--", "/opt/bottle/guest", "adopt"),
 		}
 	}
 	// The machine's name is of the program's path too, so the answers come after it.
@@ -200,6 +201,7 @@ func TestWarmStart(t *testing.T) {
 	prepared, copied := monitorFor(t), monitorFor(t, s.Workspace, s.Binds[0].Source)
 	rewrite(t, f.Env, records(b, prepared.Pid, copied.Pid))
 
+	s.Reports = telling(t, guest.Report{Inodes: inodesOf(t, s.Workspace, s.Binds[0].Source)})
 	st, err := e.Start(t.Context(), s)
 	if os.Geteuid() != 0 {
 		wantFault(t, err, fault.Host, "warm_user")

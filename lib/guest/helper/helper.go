@@ -15,6 +15,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 
 	"golang.org/x/sys/unix"
@@ -32,7 +33,8 @@ func Run(configPath string, stderr io.Writer) error {
 	}
 	var dial dialFunc
 	var gone <-chan struct{}
-	ready, failed := func() error { return nil }, func(error) error { return nil }
+	var ready func() error
+	var failed func(error) error
 	switch cfg.Transport {
 	case guest.TransportFD:
 		unix.CloseOnExec(cfg.FD)
@@ -43,15 +45,19 @@ func Run(configPath string, stderr io.Writer) error {
 		dial, ready, failed, gone = fdDial(d), d.Ready, d.Failed, d.Gone()
 	case guest.TransportUnix:
 		dial = socketDial
+		ready, failed = reporter(cfg, stderr)
 	default:
 		return fmt.Errorf("%s: unknown transport %q", configPath, cfg.Transport)
 	}
 	names, err := start(cfg, dial, stderr)
+	if err == nil && cfg.Copy != "" {
+		err = copySelf(cfg.Copy)
+	}
 	if err != nil {
 		return errors.Join(err, failed(err))
 	}
 	if err := ready(); err != nil {
-		return err
+		return errors.Join(err, failed(err))
 	}
 	if err := names.complete(); err != nil {
 		fmt.Fprintf(stderr, "names: %v\n", err)
@@ -112,6 +118,31 @@ func start(cfg *guest.Config, dial dialFunc, stderr io.Writer) (*names, error) {
 		go r.serve(listeners[i])
 	}
 	return names, nil
+}
+
+// copySelf puts this program at path, for root alone: all at once, as somebody may
+// run it already.
+func copySelf(path string) (err error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	from, err := os.Open("/proc/self/exe")
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	to, err := os.CreateTemp(filepath.Dir(path), "new.*")
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(to, from)
+	if err = errors.Join(err, to.Chmod(0o700), to.Close()); err == nil {
+		err = os.Rename(to.Name(), path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(to.Name()))
+	}
+	return nil
 }
 
 // reap collects the orphans that the kernel hands to the first process. It

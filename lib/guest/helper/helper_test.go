@@ -8,9 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -310,5 +312,87 @@ func TestSetupHome(t *testing.T) {
 	}
 	if _, err := os.Stat(at("escape")); err == nil {
 		t.Error("a file left the home")
+	}
+}
+
+// keeperAt plays the keeper on a socket, and gives what it is told.
+func keeperAt(t *testing.T, path string) <-chan guest.Report {
+	t.Helper()
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	told := make(chan guest.Report, 1)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(c, guest.Greeting)
+			if r, ok := guest.ReadReport(c); ok {
+				told <- r
+			}
+			c.Close()
+		}
+	}()
+	return told
+}
+
+// The keeper hears that the guest is ready, with its folders, or why it is not.
+func TestReport(t *testing.T) {
+	dir := t.TempDir()
+	socket := filepath.Join(dir, "gate.sock")
+	told := keeperAt(t, socket)
+	cfg := &guest.Config{Relays: []guest.Relay{{Service: guest.ServiceEgress, Socket: socket}}, Folders: []string{dir, "/"}}
+	var stderr bytes.Buffer
+	ready, failed := reporter(cfg, &stderr)
+	if err := ready(); err != nil {
+		t.Fatal(err)
+	}
+	want, err := guest.Inodes(cfg.Folders)
+	if r := <-told; err != nil || r.Failed != "" || !slices.Equal(r.Inodes, want) || len(want) != 2 {
+		t.Errorf("%+v, %v, want %v", r, err, want)
+	}
+	if err := failed(errors.New("no \x1b[31m/etc")); err != nil {
+		t.Error(err)
+	}
+	if r := <-told; !strings.Contains(r.Failed, "/etc") || strings.Contains(r.Failed, "\x1b") || r.Inodes != nil {
+		t.Errorf("%+v", r)
+	}
+	cfg.Folders = []string{filepath.Join(dir, "none")}
+	if err := ready(); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a folder that is not there: %v", err)
+	}
+	// A config without a way out is what failed.
+	_, failed = reporter(&guest.Config{}, &stderr)
+	if err := failed(errors.New("x")); err != nil {
+		t.Error(err)
+	}
+}
+
+// The copy of the helper is root's alone, and takes the place of another whole.
+func TestCopySelf(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "run", "guest")
+	for range 2 {
+		if err := copySelf(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	self, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(path)
+	fi, serr := os.Stat(path)
+	if err != nil || serr != nil || !bytes.Equal(got, self) || fi.Mode() != 0o700 {
+		t.Errorf("%v, %v, %v", err, serr, fi.Mode())
+	}
+	if entries, err := os.ReadDir(filepath.Dir(path)); err != nil || len(entries) != 1 {
+		t.Errorf("%v, %v", entries, err)
+	}
+	if err := copySelf("/proc/none/guest"); err == nil {
+		t.Error("a copy where there can be none")
 	}
 }

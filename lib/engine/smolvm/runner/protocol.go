@@ -13,7 +13,8 @@
 //	/opt/bottle/guest inodes FOLDER...
 //	                                  print them
 //
-// MARKER is random for each command. What ran and how it ended is written below
+// or does that with LocalHelper, a copy in the guest's memory, which starts more
+// quickly. MARKER is random for each command. What ran and how it ended is written below
 // StateDir, which only the guest's root can write: the agent cannot forge it.
 package runner
 
@@ -22,8 +23,12 @@ import "github.com/bottle-tools/bottle/lib/engine"
 // RequestDir is where the host puts requests; the guest sees it read-only.
 const RequestDir = engine.GuestDir + "/run"
 
-// StateDir is the guest's own memory of what ran.
+// StateDir is the guest's own memory of what ran. smolvm mounts a tmpfs of root's
+// at /run.
 const StateDir = "/run/bottle-run"
+
+// LocalHelper is a copy of the helper that is not read from the host each time.
+const LocalHelper = StateDir + "/guest"
 
 // NoGate is await's status where the helper is ready and the gate's socket is
 // not there, or leads to somebody else.

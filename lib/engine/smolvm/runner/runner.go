@@ -258,19 +258,15 @@ func (r Runner) state(marker string) (State, error) {
 	return s, json.Unmarshal(b, &s)
 }
 
-// inodes prints the inode numbers of the paths, which a file server of the host
-// passes through as they are.
+// inodes prints the inode numbers of the paths.
 func inodes(paths []string, stdout io.Writer) error {
-	for _, p := range paths {
-		var st unix.Stat_t
-		if err := unix.Stat(p, &st); err != nil {
-			return &fs.PathError{Op: "stat", Path: p, Err: err}
-		}
-		if _, err := fmt.Fprintln(stdout, st.Ino); err != nil {
+	all, err := guest.Inodes(paths)
+	for _, n := range all {
+		if _, err := fmt.Fprintln(stdout, n); err != nil {
 			return err
 		}
 	}
-	return nil
+	return err
 }
 
 // ran prints the state, once: whoever asked knows it then.
@@ -305,17 +301,11 @@ func (r Runner) signal(marker, number string) error {
 	return nil
 }
 
-// Await returns when the helper's relay listens at address and the keeper answers
-// on the gate's socket; else it gives a status to end with, and why.
-func Await(address, socket string) (status int, err error) {
-	return await(address, socket, awaitLimit)
-}
-
 // await dials the address until somebody listens there, and then the gate's
-// socket until the keeper answers on it.
+// socket until the keeper answers on it; else it gives a status to end with.
 func await(address, socket string, limit time.Duration) (status int, err error) {
 	deadline := time.Now().Add(limit)
-	err = again(deadline, func() error {
+	err = guest.Until(deadline, func() error {
 		c, err := net.DialTimeout("tcp", address, time.Second)
 		if err != nil {
 			return err
@@ -325,41 +315,8 @@ func await(address, socket string, limit time.Duration) (status int, err error) 
 	if err != nil {
 		return ownFailure, fmt.Errorf("the helper is not ready: %w", err)
 	}
-	if err := again(deadline, func() error { return greeted(socket, deadline) }); err != nil {
+	if err := guest.Greet(socket, deadline, nil); err != nil {
 		return NoGate, fmt.Errorf("the gate's socket: %w", err)
 	}
 	return 0, nil
-}
-
-var errStranger = errors.New("answers somebody who is not the keeper")
-
-func again(deadline time.Time, try func() error) error {
-	for {
-		err := try()
-		if err == nil || errors.Is(err, errStranger) || time.Now().After(deadline) {
-			return err
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-}
-
-// greeted hears what the keeper says. smolvm's agent takes the connection itself
-// and closes it when there is nobody on the host: connecting alone proves nothing.
-func greeted(socket string, deadline time.Time) error {
-	c, err := net.DialTimeout("unix", socket, time.Second)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	if err := c.SetDeadline(deadline); err != nil {
-		return err
-	}
-	heard := make([]byte, len(guest.Greeting))
-	if n, err := io.ReadFull(c, heard); err != nil {
-		return fmt.Errorf("%s is there, and nobody answers on it: %d bytes, %w", socket, n, err)
-	}
-	if string(heard) != guest.Greeting {
-		return fmt.Errorf("on %s %w: %q", socket, errStranger, heard)
-	}
-	return nil
 }
