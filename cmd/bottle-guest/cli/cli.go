@@ -12,10 +12,12 @@ import (
 	"os"
 	"path"
 	"runtime/debug"
+	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
 	"github.com/bottle-tools/bottle/lib/engine/smolvm/runner"
 	"github.com/bottle-tools/bottle/lib/fault"
+	"github.com/bottle-tools/bottle/lib/guest"
 	"github.com/bottle-tools/bottle/lib/guest/helper"
 	"github.com/bottle-tools/bottle/lib/tarfs"
 )
@@ -25,16 +27,21 @@ const usage = `usage: bottle-guest [init [CONFIG]]
        bottle-guest tar-in DIR
        bottle-guest cover pin|hide PATH
        bottle-guest park
+       bottle-guest parked
        bottle-guest adopt
 
 init is what the bottle tools start as the first process of a guest; CONFIG is
 ` + engine.GuestConfig + ` by default. tar-out writes PATH as a tar stream to
 stdout, tar-in unpacks one from stdin below DIR; cover mounts over PATH,
-read-only. park is the first process of a machine that bottles are copied from;
-adopt, in the copy, makes it one bottle's own, as stdin says. Example:
+read-only. park is the first process of a machine that bottles are copied from,
+and parked ends when that waits; adopt, in the copy, makes it one bottle's own, as
+stdin says. Example:
 
     bottle-guest tar-out /workspace/report | tar -tf -
 `
+
+// parkLimit is what the helper of a machine that was just started gets to wait in it.
+const parkLimit = 20 * time.Second
 
 // Main runs the helper and gives its exit status (lib/fault).
 func Main(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
@@ -67,7 +74,16 @@ func Main(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	case verb == "tar-in" && len(rest) == 1:
 		return report(stderr, fault.IO, tarfs.In(rest[0], stdin))
 	case verb == "park" && len(rest) == 0:
-		return report(stderr, fault.Host, helper.Park(engine.GuestHelper, []string{engine.GuestHelper, "init", engine.GuestConfig}))
+		return report(stderr, fault.Host, helper.Park(runner.LocalHelper, []string{engine.GuestHelper, "init", engine.GuestConfig},
+			func() error { return helper.CopySelf(runner.LocalHelper) }))
+	case verb == "parked" && len(rest) == 0:
+		return report(stderr, fault.Host, guest.Until(time.Now().Add(parkLimit), func() error {
+			if _, err := os.Lstat(runner.LocalHelper); err != nil {
+				return err
+			}
+			_, err := helper.Parked("/proc", engine.GuestHelper)
+			return err
+		}))
 	case verb == "adopt" && len(rest) == 0:
 		parked, err := helper.Parked("/proc", engine.GuestHelper)
 		if err == nil {

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/bottle-tools/bottle/lib/engine"
+	"github.com/bottle-tools/bottle/lib/engine/smolvm/runner"
 	"github.com/bottle-tools/bottle/lib/fault"
 	"github.com/bottle-tools/bottle/lib/guest"
 	"github.com/bottle-tools/bottle/lib/plan"
@@ -271,43 +272,36 @@ func (e *Engine) warmUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) (
 	if b, err = baseOf(c, s, vs); err != nil { // as it is now
 		return 0, "", err
 	}
-	usable, err := b.usable(ctx, c)
-	if err != nil {
-		return 0, "", err
+	if b.Alive() {
+		pid, err = e.copyBase(ctx, c, s, vs, b)
+		if !errors.Is(err, smolvm.ErrNotFound) { // else smolvm has lost it
+			return pid, b.Name, err
+		}
 	}
-	if !usable {
-		if copies := b.copies(s.ID); len(copies) > 0 {
-			// They read its image, and would lose it.
-			return 0, "", refuse("warm_in_use", "", "leave --warm out, or remove them with bottle-vm down first",
-				"the prepared machine %s does not run any more, and %s are copies of it", b.Name, strings.Join(copies, ", "))
-		}
-		if err := e.clear(ctx, c, b); err != nil {
-			return 0, "", err
-		}
-		if err := e.makeBase(ctx, c, s, vs, b); err != nil {
-			clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupLimit)
-			defer cancel()
-			return 0, "", join(fmt.Errorf("preparing a machine: %w", explainBoot(err, e.getenv, spoke(dataDirs(clean, c, b.Name, b.dir)))), e.clear(clean, c, b))
-		}
+	if err := e.renew(ctx, c, s, vs, b); err != nil {
+		return 0, "", err
 	}
 	pid, err = e.copyBase(ctx, c, s, vs, b)
 	return pid, b.Name, err
 }
 
-// usable tells whether it can be copied. That smolvm does not tell is no reason to
-// make another.
-func (b *Base) usable(ctx context.Context, c *smolvm.Client) (bool, error) {
-	if !b.Alive() {
-		return false, nil
+// renew prepares the machine, in place of what is left of it.
+func (e *Engine) renew(ctx context.Context, c *smolvm.Client, s *engine.Spec, vs []smolvm.Volume, b *Base) error {
+	if copies := b.copies(s.ID); len(copies) > 0 {
+		// They read its image, and would lose it.
+		return refuse("warm_in_use", "", "leave --warm out, or remove them with bottle-vm down first",
+			"the prepared machine %s does not run any more, and %s are copies of it", b.Name, strings.Join(copies, ", "))
 	}
-	m, err := c.MachineStatus(ctx, b.Name)
-	if errors.Is(err, smolvm.ErrNotFound) {
-		return false, nil
+	if err := e.clear(ctx, c, b); err != nil {
+		return err
 	}
-	if err != nil {
-		return false, err
+	err := e.makeBase(ctx, c, s, vs, b)
+	if err == nil {
+		return nil
 	}
-	return ours(m, tagOf(b.dir)) == nil && m.PID == b.Monitor.PID, nil
+	clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupLimit)
+	defer cancel()
+	return join(fmt.Errorf("preparing a machine: %w", explainBoot(err, e.getenv, spoke(dataDirs(clean, c, b.Name, b.dir)))), e.clear(clean, c, b))
 }
 
 // copies are the bottles that are copies of it, or are about to be; but for the
@@ -401,11 +395,11 @@ func (e *Engine) makeBase(ctx context.Context, c *smolvm.Client, s *engine.Spec,
 	return b.save()
 }
 
-// helps makes sure that the helper runs in the machine.
+// helps makes sure that the helper waits in the machine.
 func helps(ctx context.Context, c *smolvm.Client, name string) error {
-	r, err := firstExec(ctx, c, name, "", engine.GuestHelper, "help")
+	r, err := firstExec(ctx, c, name, "", engine.GuestHelper, "parked")
 	if err == nil && r.Code != 0 {
-		return fault.New(fault.Unavailable, "guest_failed", "the guest helper does not run: status %d, %.200q", r.Code, r.Stderr).
+		return fault.New(fault.Unavailable, "guest_failed", "the guest helper does not wait: status %d, %.200q", r.Code, r.Stderr).
 			WithHint("the image has to be of this machine's architecture")
 	}
 	return err
@@ -510,7 +504,7 @@ func adopt(ctx context.Context, c *smolvm.Client, id string) error {
 	if err != nil {
 		return err
 	}
-	r, err := firstExec(ctx, c, id, in, engine.GuestHelper, "adopt")
+	r, err := firstExec(ctx, c, id, in, runner.LocalHelper, "adopt")
 	if err == nil && r.Code != 0 {
 		return fault.New(fault.Unavailable, "guest_failed", "the copied guest did not become a bottle: status %d, %.200q", r.Code, r.Stderr).
 			WithHint("leave --warm out; bottle-vm doctor tells what works here")

@@ -187,12 +187,12 @@ func TestWarmStart(t *testing.T) {
 			answer(0, "", starting, "machine", "start", "--name", b.Name),
 			answer(0, "Stopped machine: x\n", "", "machine", "stop", "--name", b.Name),
 			answer(0, "", starting, "machine", "start", "--name", b.Name, "--forkable"),
-			answer(0, "", "", "machine", "exec", "--name", b.Name, "--", "/opt/bottle/guest", "help"),
+			answer(0, "", "", "machine", "exec", "--name", b.Name, "--", "/opt/bottle/guest", "parked"),
 			answer(0, statusJSON(b.Name, "running", prepared), "", "machine", "status", "--name", b.Name, "--json"),
 			answer(0, "Machine running\n", "Freezing\n", "machine", "fork", "--golden", b.Name, "--name", s.ID),
 			answer(0, filepath.Join(filepath.Dir(s.Warm.Dir), "vms", "copy")+"\n", "", "machine", "data-dir", "--name", s.ID),
 			answer(0, statusJSON(s.ID, "running", copied), "", "machine", "status", "--name", s.ID, "--json"),
-			answer(0, "", "", "machine", "exec", "--name", s.ID, "-i", "--", "/opt/bottle/guest", "adopt"),
+			answer(0, "", "", "machine", "exec", "--name", s.ID, "-i", "--", "/run/bottle-run/guest", "adopt"),
 		}
 	}
 	// The machine's name is of the program's path too, so the answers come after it.
@@ -343,13 +343,12 @@ func TestRemoveBase(t *testing.T) {
 // bottles are copies of it: what they run from is its.
 func TestBaseUnderItsCopies(t *testing.T) {
 	for name, tt := range map[string]struct {
-		alive bool
-		says  string
-		exit  int
-		wants string
+		alive       bool
+		says, wants string
 	}{
-		"smolvm fails": {true, "Error: database is locked\n", 1, "database is locked"},
-		"it died":      {false, unknown, 1, "dev-00000009 are copies of it"},
+		"smolvm fails":            {true, "Error: database is locked\n", "database is locked"},
+		"smolvm knows it no more": {true, notFound, "dev-00000009 are copies of it"},
+		"it died":                 {false, "", "dev-00000009 are copies of it"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newWarmSpec(t)
@@ -359,7 +358,7 @@ func TestBaseUnderItsCopies(t *testing.T) {
 				t.Fatal(err)
 			}
 			b := baseAt(t, s, f.Bin, vs)
-			rewrite(t, f.Env, []record{version("1.9.1"), answer(tt.exit, "", tt.says, "machine", "status", "--name", b.Name, "--json")})
+			rewrite(t, f.Env, []record{version("1.9.1"), answer(1, "", tt.says, "machine", "fork", "--golden", b.Name, "--name", s.ID)})
 			copied := filepath.Join(filepath.Dir(s.Warm.Dir), "bottles", "dev-00000009")
 			for _, d := range []string{b.rootfs(), ownDir(copied)} {
 				if err := os.MkdirAll(d, 0o700); err != nil {

@@ -51,7 +51,7 @@ func Run(configPath string, stderr io.Writer) error {
 	}
 	names, err := start(cfg, dial, stderr)
 	if err == nil && cfg.Copy != "" {
-		err = copySelf(cfg.Copy)
+		err = CopySelf(cfg.Copy)
 	}
 	if err != nil {
 		return errors.Join(err, failed(err))
@@ -120,9 +120,9 @@ func start(cfg *guest.Config, dial dialFunc, stderr io.Writer) (*names, error) {
 	return names, nil
 }
 
-// copySelf puts this program at path, for root alone: all at once, as somebody may
+// CopySelf puts this program at path, for root alone: all at once, as somebody may
 // run it already.
-func copySelf(path string) (err error) {
+func CopySelf(path string) (err error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}

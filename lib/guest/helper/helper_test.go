@@ -376,7 +376,7 @@ func TestReport(t *testing.T) {
 func TestCopySelf(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "run", "guest")
 	for range 2 {
-		if err := copySelf(path); err != nil {
+		if err := CopySelf(path); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -392,7 +392,7 @@ func TestCopySelf(t *testing.T) {
 	if entries, err := os.ReadDir(filepath.Dir(path)); err != nil || len(entries) != 1 {
 		t.Errorf("%v, %v", entries, err)
 	}
-	if err := copySelf("/proc/none/guest"); err == nil {
+	if err := CopySelf("/proc/none/guest"); err == nil {
 		t.Error("a copy where there can be none")
 	}
 }

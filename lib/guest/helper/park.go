@@ -26,12 +26,16 @@ import (
 // one must not know of another.
 
 // Park waits to be adopted, and becomes self with args then: a new process in
-// all but its number, with nothing left of the one that was copied.
-func Park(self string, args []string) error {
+// all but its number, with nothing left of the one that was copied. before is called
+// when it can be adopted.
+func Park(self string, args []string, before func() error) error {
 	adopted, child := make(chan os.Signal, 1), make(chan os.Signal, 1)
 	signal.Notify(adopted, unix.SIGUSR1)
 	signal.Notify(child, unix.SIGCHLD)
 	signal.Ignore(unix.SIGHUP, unix.SIGINT, unix.SIGTERM, unix.SIGPIPE)
+	if err := before(); err != nil {
+		return err
+	}
 	for {
 		select {
 		case <-adopted:

@@ -22,7 +22,7 @@ const parked = "BOTTLE_TEST_PARK"
 
 func init() {
 	if os.Getenv(parked) != "" {
-		os.Stderr.WriteString(Park("/bin/echo", []string{"echo", "it", "is"}).Error())
+		os.Stderr.WriteString(Park("/bin/echo", []string{"echo", "it", "is"}, func() error { return nil }).Error())
 		os.Exit(1)
 	}
 }
