@@ -79,6 +79,7 @@ type Spec struct {
 	Guest      *os.File            // FD transport: the guest's end of the pair
 	GateSocket string              // Socket transport: host path
 	Reports    <-chan guest.Report // Socket transport: what the helper has told; nil if nobody listens
+	Forget     func()              // drops Reports, and those of connections that are there; nil with Reports
 	Log        *os.File            // engine's own log and the guest helper's stderr
 
 	// Self is a program of ours that serves mountns.Main; "" for none.
@@ -123,11 +124,11 @@ func GuestUserOf(name string, uid, gid int) guest.User {
 	return guest.User{Name: GuestUser, UID: uid, GID: gid, Home: GuestHome}
 }
 
-// ForgetReports drops what has been told so far.
+// ForgetReports is for an engine that is about to boot the guest: what another
+// boot of it has told does not count.
 func (s *Spec) ForgetReports() {
-	select {
-	case <-s.Reports:
-	default:
+	if s.Forget != nil {
+		s.Forget()
 	}
 }
 

@@ -11,7 +11,7 @@ import (
 )
 
 // greetLimit bounds the connections that are greeted at one time: nothing but
-// the engine's own look runs in the guest then, which makes one after another.
+// the helper, and perhaps the engine's own look, runs in the guest then.
 const greetLimit = 16
 
 // greeter answers on a bottle's socket as long as the engine starts the guest.
@@ -22,7 +22,8 @@ type greeter struct {
 	ended   bool
 	greeted int // connections that were given the whole of it
 	busy    int
-	reports chan guest.Report // the last one that came and was not read
+	boot    int               // counts forget
+	reports chan guest.Report // the last one of this boot that was not read
 }
 
 func newGreeter() *greeter { return &greeter{reports: make(chan guest.Report, 1)} }
@@ -44,6 +45,7 @@ func (g *greeter) greet(c net.Conn) bool {
 	if _, err := io.WriteString(c, guest.Greeting); err == nil {
 		g.greeted++
 	}
+	boot := g.boot
 	go func() {
 		defer func() {
 			c.Close()
@@ -55,22 +57,38 @@ func (g *greeter) greet(c net.Conn) bool {
 		// the greeting from it.
 		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
 		if r, ok := guest.ReadReport(c); ok {
-			g.told(r)
+			g.told(boot, r)
 		}
 	}()
 	return true
 }
 
-// told keeps the report in place of one that nobody has read: of a guest that was
-// started again.
-func (g *greeter) told(r guest.Report) {
+// told keeps the report, in place of one that nobody has read.
+func (g *greeter) told(boot int, r guest.Report) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if boot != g.boot {
+		return
+	}
+	g.drop()
+	g.reports <- r
+}
+
+func (g *greeter) drop() {
 	select {
 	case <-g.reports:
 	default:
 	}
-	g.reports <- r
+}
+
+// forget drops what a guest has told, and what connections that are there may yet
+// tell: another boot of it is about to begin.
+func (g *greeter) forget() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.boot++
+	g.greeted = 0
+	g.drop()
 }
 
 // over ends the greeting: from now on connections go to the gate. It is an error

@@ -13,6 +13,8 @@ import (
 	"github.com/bottle-tools/bottle/lib/guest"
 )
 
+func first(c net.Conn, _ bool) net.Conn { return c }
+
 func TestGreeter(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", path)
@@ -57,6 +59,27 @@ func TestGreeter(t *testing.T) {
 	}
 	if got := <-g.reports; got.Failed != "" || !slices.Equal(got.Inodes, []uint64{7, 1 << 63}) {
 		t.Errorf("the last report: %+v", got)
+	}
+	// What was begun before another boot does not count, told or not.
+	for late, c := range map[bool]net.Conn{true: first(dial()), false: first(dial())} {
+		say := func() {
+			if err := json.NewEncoder(c).Encode(guest.Report{}); err != nil {
+				t.Fatal(err)
+			}
+			_, _ = io.Copy(io.Discard, c)
+		}
+		if !late {
+			say()
+		}
+		g.forget()
+		if late {
+			say()
+		}
+		select {
+		case got := <-g.reports:
+			t.Errorf("a report of another boot (late: %v): %+v", late, got)
+		default:
+		}
 	}
 	c, _ := dial()
 	_, _ = c.Write(append(bytes.Repeat([]byte("x"), 1<<17), '\n'))

@@ -361,7 +361,7 @@ func (k *keeper) listen(s *engine.Spec) (<-chan error, error) {
 			return nil, fault.New(fault.CantCreate, "cannot_create", "the guest's socket: %w", err)
 		}
 		k.greeter = newGreeter()
-		s.Reports = k.greeter.reports
+		s.Reports, s.Forget = k.greeter.reports, k.greeter.forget
 		k.gates = append(k.gates, l)
 		go k.accept(l.(*net.UnixListener))
 		close(ready) // the engine's Start has waited for the helper

@@ -67,6 +67,7 @@ func (e *Engine) Restart(ctx context.Context, s *engine.Spec) (*engine.Started, 
 	if err != nil {
 		return nil, err
 	}
+	e.note()
 	vs, err := volumes(s)
 	if err != nil {
 		return nil, err
@@ -79,7 +80,7 @@ func (e *Engine) Restart(ctx context.Context, s *engine.Spec) (*engine.Started, 
 	if err != nil {
 		return nil, err
 	}
-	pid, err := e.bootAgain(ctx, c, s, pins)
+	pid, err := e.bootAgain(ctx, c, s, vs, pins)
 	if err != nil {
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupLimit)
 		defer cancel()
@@ -88,8 +89,8 @@ func (e *Engine) Restart(ctx context.Context, s *engine.Spec) (*engine.Started, 
 	return started(s, pid), nil
 }
 
-func (e *Engine) bootAgain(ctx context.Context, c *smolvm.Client, s *engine.Spec, pins pins) (int, error) {
-	if err := stage(s); err != nil {
+func (e *Engine) bootAgain(ctx context.Context, c *smolvm.Client, s *engine.Spec, vs []smolvm.Volume, pins pins) (int, error) {
+	if err := stage(s, vs); err != nil {
 		return 0, err
 	}
 	return e.boot(ctx, c, s, pins)

@@ -136,7 +136,7 @@ func TestRestartRefuses(t *testing.T) {
 // kill it and boot it again.
 func TestRestartOfARunningMachine(t *testing.T) {
 	s := newSpec(t)
-	if err := stage(s); err != nil {
+	if err := stage(s, nil); err != nil {
 		t.Fatal(err)
 	}
 	status := []string{"machine", "status", "--name", s.ID, "--json"}
@@ -157,7 +157,7 @@ func TestStop(t *testing.T) {
 	if err := New([]string{"PATH=/nonexistent"}).Stop(t.Context(), refOf(s)); err != nil {
 		t.Errorf("a machine that never was: %v", err)
 	}
-	if err := stage(s); err != nil {
+	if err := stage(s, nil); err != nil {
 		t.Fatal(err)
 	}
 	status := []string{"machine", "status", "--name", s.ID, "--json"}

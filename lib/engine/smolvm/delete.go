@@ -181,15 +181,20 @@ func monitorOf(pid int, dirs []string) bool {
 	return false
 }
 
-// monitorIn gives the guest monitor whose files are in one of dirs, 0 if there is
-// none.
+// monitorIn gives this user's guest monitor whose files are in one of dirs, 0 if
+// there is none, or more than one.
 func monitorIn(dirs []string) int {
+	found := 0
 	for _, pid := range processes() {
-		if monitorOf(pid, dirs) {
-			return pid
+		if !monitorOf(pid, dirs) || !ownProcess(pid) {
+			continue
 		}
+		if found > 0 {
+			return 0
+		}
+		found = pid
 	}
-	return 0
+	return found
 }
 
 // waitEnd blocks until the guest's monitor has ended.

@@ -38,6 +38,7 @@ type Engine struct {
 
 	mu     sync.Mutex
 	cached *smolvm.Client
+	asked  known // what the program said, if it was asked
 }
 
 var (

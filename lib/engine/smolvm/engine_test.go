@@ -386,7 +386,8 @@ func checkStaged(t *testing.T, s *engine.Spec) {
 		t.Fatal(err)
 	}
 	if cfg.Transport != guest.TransportUnix || len(cfg.Relays) != 1 || cfg.Relays[0].Socket != "/run/bottle/gate.sock" || cfg.Relays[0].Listen != "127.0.0.1:3128" ||
-		cfg.User.UID != 1000 || cfg.CABundle != "/opt/bottle/ca-bundle.pem" || cfg.CACert != "cert\n" || len(cfg.Files) != 1 {
+		cfg.User.UID != 1000 || cfg.CABundle != "/opt/bottle/ca-bundle.pem" || cfg.CACert != "cert\n" || len(cfg.Files) != 1 ||
+		cfg.Copy != "/run/bottle-run/guest" || !slices.Equal(cfg.Folders, []string{"/workspace", "/opt/extra"}) {
 		t.Errorf("config: %s", b)
 	}
 	if fi, err := os.Stat(s.Dir + "/smolvm/guest/guest"); err != nil || fi.Mode().Perm()&0o111 == 0 {
@@ -395,7 +396,7 @@ func checkStaged(t *testing.T, s *engine.Spec) {
 	if b, err := os.ReadFile(s.Dir + "/smolvm/Smolfile"); err != nil || string(b) != wantSmolfile(s) {
 		t.Errorf("Smolfile, %v:\n%s", err, b)
 	}
-	if b, err := os.ReadFile(machineFile(s.Dir)); err != nil || !strings.Contains(string(b), vmDir(s)) {
+	if b, err := os.ReadFile(machineFile(s.Dir)); err != nil || !strings.Contains(string(b), vmDir(s)) || !strings.Contains(string(b), `"helper":"/run/bottle-run/guest"`) {
 		t.Errorf("machine.json: %s, %v", b, err)
 	}
 }
@@ -575,7 +576,13 @@ func TestReports(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := newSpec(t)
-			s.Reports = tt.reports(s)
+			reports := tt.reports(s)
+			s.Reports, s.Forget = reports, func() {
+				select {
+				case <-reports:
+				default:
+				}
+			}
 			monitor := monitorFor(t, s.Workspace, s.Binds[0].Source)
 			e, f := scripted(t, version("1.9.1"),
 				answer(0, created, "", createArgv(s)...),
@@ -596,19 +603,6 @@ func TestReports(t *testing.T) {
 			}
 		})
 	}
-	cfg, err := os.ReadFile(filepath.Join(guestDir(stagedSpec(t).Dir), "config.json"))
-	if err != nil || !strings.Contains(string(cfg), `"folders":["/workspace","/opt/extra"]`) {
-		t.Errorf("what the helper is asked: %s, %v", cfg, err)
-	}
-}
-
-func stagedSpec(t *testing.T) *engine.Spec {
-	t.Helper()
-	s := newSpec(t)
-	if err := stage(s); err != nil {
-		t.Fatal(err)
-	}
-	return s
 }
 
 // A socket that smolvm was asked for and that is not in the guest is a failed
@@ -657,7 +651,7 @@ func TestDelete(t *testing.T) {
 	dataDir := []string{"machine", "data-dir", "--name", "dev-0123abcd"}
 	prepared := func(t *testing.T) *engine.Spec {
 		s := newSpec(t)
-		if err := stage(s); err != nil {
+		if err := stage(s, nil); err != nil {
 			t.Fatal(err)
 		}
 		return s
@@ -708,7 +702,7 @@ func TestDeleteEndsLostMonitors(t *testing.T) {
 		t.Skip("NOT RUN: it makes processes with an argv of its own, which is for Linux")
 	}
 	s := newSpec(t)
-	if err := stage(s); err != nil {
+	if err := stage(s, nil); err != nil {
 		t.Fatal(err)
 	}
 	data := filepath.Join(t.TempDir(), "vms", "0123")
@@ -850,7 +844,7 @@ func TestRealCreate(t *testing.T) {
 			if err := e.Prepare(t.Context(), s); err != nil {
 				t.Fatal(err)
 			}
-			if err := stage(s); err != nil {
+			if err := stage(s, nil); err != nil {
 				t.Fatal(err)
 			}
 			if err := os.Mkdir(rootfsDir(s.Dir), 0o755); err != nil {
@@ -902,7 +896,7 @@ func TestRealCutOffStartLeavesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := newSpec(t)
-	if err := stage(s); err != nil {
+	if err := stage(s, nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.MachineCreate(t.Context(), s.ID, smolvm.CreateSpec{CPUs: 1, MemMiB: 256, Labels: ownLabels(tagOf(s.Dir))}); err != nil {

@@ -24,6 +24,7 @@ import (
 )
 
 const (
+	execTries   = 4 // at least
 	signalTries = 3
 	signalLimit = 10 * time.Second
 	ranLimit    = 20 * time.Second
@@ -72,7 +73,7 @@ func (e *Engine) Exec(ctx context.Context, r engine.Ref, q engine.ExecRequest) (
 	a := smolvm.Attached{Stdin: q.Stdin, Stdout: q.Stdout, Stderr: q.Stderr, TTY: q.TTY, Dir: "/",
 		Ran: func(ctx context.Context) (int, bool) { return h.ran(ctx, marker) }}
 	begun, pause := time.Now(), probeFirst
-	for {
+	for try := 1; ; try++ {
 		status, err := c.MachineExecAttached(ctx, r.ID, a, h.path, "run", marker)
 		if cause := context.Cause(ctx); err != nil && cause != nil && fault.As(cause).Code == silentCode {
 			return status, cause
@@ -85,7 +86,7 @@ func (e *Engine) Exec(ctx context.Context, r engine.Ref, q engine.ExecRequest) (
 		if alive, aerr := e.Alive(ctx, r); aerr != nil || !alive {
 			return status, err
 		}
-		if time.Since(begun) > execPatience {
+		if try >= execTries && time.Since(begun) > execPatience {
 			return status, silent(r.ID, err)
 		}
 		if serr := sleep(ctx, pause); serr != nil {

@@ -5,6 +5,7 @@ package smolvm
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -136,7 +137,7 @@ func local(t *testing.T) (*Engine, engine.Ref, string) {
 			t.Fatal(err)
 		}
 	}
-	if err := stage(s); err != nil {
+	if err := stage(s, nil); err != nil {
 		t.Fatal(err)
 	}
 	self, err := os.Executable()
@@ -150,6 +151,40 @@ func local(t *testing.T) (*Engine, engine.Ref, string) {
 	e := New([]string{"PATH=/usr/bin:/bin", noDrop, "BOTTLE_SMOLVM=" + bin})
 	e.env = append(e.env, "BOTTLE_TEST_GUEST="+s.Dir)
 	return e, refOf(s), s.RunDir
+}
+
+// Commands, and what is asked about them, are run by the copy of the helper that the
+// record names, and in a bottle that was started without one by the host's.
+func TestExecByTheCopy(t *testing.T) {
+	e, r, _ := local(t)
+	logged := func() (helpers []string) {
+		t.Helper()
+		log := filepath.Join(r.Dir, "log")
+		b, err := os.ReadFile(log)
+		if err != nil || os.Remove(log) != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(b)) {
+			if _, argv, ok := strings.Cut(line, " -- "); ok {
+				helpers = append(helpers, strings.Join(strings.Fields(argv)[:2], " "))
+			}
+		}
+		return helpers
+	}
+	// That could be smolvm's own failure, so that it is asked for.
+	fails := engine.ExecRequest{Argv: []string{"sh", "-c", "echo Error: no >&2; exit 1"}, Dir: "/"}
+	for _, path := range []string{"/run/bottle-run/guest", ""} {
+		if err := (machineRecord{Name: r.ID, Helper: path}).save(r.Dir); err != nil {
+			t.Fatal(err)
+		}
+		if code, _, stderr := run(t, e, r, fails); code != 1 {
+			t.Errorf("%d, %s", code, stderr)
+		}
+		h := cmp.Or(path, engine.GuestHelper)
+		if got, want := logged(), []string{h + " run", h + " ran"}; !slices.Equal(got, want) {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
 }
 
 // run executes argv and gives status, stdout and stderr.

@@ -136,7 +136,7 @@ func play(t *testing.T, argv ...string) *exec.Cmd {
 // boot what is not there any more.
 func TestDeleteEndsCallsInFlight(t *testing.T) {
 	s := newSpec(t)
-	if err := stage(s); err != nil {
+	if err := stage(s, nil); err != nil {
 		t.Fatal(err)
 	}
 	start := play(t, "machine", "start", "--name", s.ID)
@@ -165,7 +165,7 @@ func TestDeleteEndsCallsInFlight(t *testing.T) {
 // remove the rest.
 func TestDeleteWithoutSmolvm(t *testing.T) {
 	s := newSpec(t)
-	if err := stage(s); err != nil {
+	if err := stage(s, nil); err != nil {
 		t.Fatal(err)
 	}
 	rec, err := json.Marshal(machineRecord{Name: s.ID, DataDir: vmDir(s)})
@@ -191,7 +191,7 @@ func TestDeleteWithoutSmolvm(t *testing.T) {
 // more than a machine.
 func TestDataDir(t *testing.T) {
 	s := newSpec(t)
-	if err := stage(s); err != nil {
+	if err := stage(s, nil); err != nil {
 		t.Fatal(err)
 	}
 	remembered := func(answered string) error {

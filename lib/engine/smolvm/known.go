@@ -26,10 +26,15 @@ type known struct {
 // open gives a client for the program, which is asked for its version unless that
 // is known.
 func (e *Engine) open(ctx context.Context, bin string) (*smolvm.Client, error) {
-	if k := e.readKnown(); k.Program != "" && k.Program == identity(bin) {
+	program := identity(bin)
+	if k := e.readKnown(); k.Program != "" && k.Program == program {
 		return &smolvm.Client{Bin: bin, Env: e.env, Version: k.Version}, nil
 	}
-	return smolvm.Open(ctx, bin, e.env)
+	c, err := smolvm.Open(ctx, bin, e.env)
+	if err == nil && program == identity(bin) { // it is what has answered
+		e.asked = known{program, c.Version}
+	}
+	return c, err
 }
 
 func (e *Engine) readKnown() (k known) {
@@ -44,11 +49,13 @@ func (e *Engine) readKnown() (k known) {
 	return k
 }
 
-// note writes the version down. Whoever only looks (a dry run, ls) leaves nothing.
-// That it cannot be written costs the next command a question.
-func (e *Engine) note(c *smolvm.Client) {
-	k := known{identity(c.Bin), c.Version}
-	if k.Program == "" || k == e.readKnown() {
+// note writes down what was asked for. Whoever only looks (a dry run, ls) leaves
+// nothing. That it cannot be written costs the next command a question.
+func (e *Engine) note() {
+	e.mu.Lock()
+	k := e.asked
+	e.mu.Unlock()
+	if k.Program == "" {
 		return
 	}
 	if root, err := state.Open(e.getenv); err == nil {

@@ -114,7 +114,7 @@ func TestRealForeignMachines(t *testing.T) {
 		make(s.ID, owner)
 		make("dev-00000002", owner, smolvm.Label{Key: labelState, Value: stateTag("/elsewhere")})
 		make("dev-00000003", ownLabels(tagOf(s.Dir))...)
-		if err := stage(s); err != nil {
+		if err := stage(s, nil); err != nil {
 			t.Fatal(err)
 		}
 		wantFault(t, e.Delete(t.Context(), refOf(s)), fault.NoPerm, "smolvm_foreign_machine")
@@ -160,7 +160,7 @@ func TestRealPaths(t *testing.T) {
 				t.Errorf("%q: %v", name, err)
 				continue
 			}
-			if err := errors.Join(stage(s), os.Mkdir(rootfsDir(s.Dir), 0o755)); err != nil {
+			if err := errors.Join(stage(s, nil), os.Mkdir(rootfsDir(s.Dir), 0o755)); err != nil {
 				t.Fatal(err)
 			}
 			vs, err := volumes(s)

@@ -101,7 +101,7 @@ func (e *Engine) Start(ctx context.Context, s *engine.Spec) (*engine.Started, er
 	if err != nil {
 		return nil, err
 	}
-	e.note(c)
+	e.note()
 	pid, warm := 0, ""
 	if s.Warm != nil {
 		pid, warm, err = e.warmUp(ctx, c, s)
@@ -144,7 +144,7 @@ func (e *Engine) bringUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) 
 	if err != nil {
 		return 0, err
 	}
-	if err := stage(s); err != nil {
+	if err := stage(s, vs); err != nil {
 		return 0, err
 	}
 	if err := placeImage(ctx, s); err != nil {
@@ -192,7 +192,7 @@ func (e *Engine) boot(ctx context.Context, c *smolvm.Client, s *engine.Spec, pin
 // what the start told of it; smolvm is asked where that is not this guest's.
 func recordMonitor(ctx context.Context, c *smolvm.Client, s *engine.Spec, said int) (pid int, err error) {
 	pid = said
-	if pid <= 0 || !monitorOf(pid, notedDir(s.ID, s.Dir)) {
+	if pid <= 0 || !monitorOf(pid, notedDir(s.ID, s.Dir)) || !ownProcess(pid) { // anybody may call himself so
 		var m smolvm.Machine
 		m, err = c.MachineStatus(ctx, s.ID)
 		pid = m.PID
@@ -338,12 +338,8 @@ func createSpec(s *engine.Spec, vs []smolvm.Volume) (smolvm.CreateSpec, error) {
 	}, os.WriteFile(smolfilePath(s.Dir), text, 0o600)
 }
 
-// stage makes the guest's /opt/bottle on the host.
-func stage(s *engine.Spec) error {
-	vs, err := volumes(s)
-	if err != nil {
-		return err
-	}
+// stage makes the guest's /opt/bottle on the host, for a guest that gets vs.
+func stage(s *engine.Spec, vs []smolvm.Volume) error {
 	if err := writeGuestDir(s, elsewhere(vs, s.Dir)); err != nil {
 		return fault.New(fault.CantCreate, "cannot_create", "what the guest gets: %w", err).
 			WithHint("look at the disk that holds %s", s.Dir)
@@ -555,17 +551,29 @@ func isReady(ctx context.Context, c *smolvm.Client, s *engine.Spec, folders []st
 	}
 	late := time.NewTimer(reportLimit)
 	defer late.Stop()
-	select {
-	case r := <-s.Reports:
+	told := func(r guest.Report) ([]uint64, error) {
 		if r.Failed != "" {
 			return nil, fault.New(fault.Unavailable, "guest_failed", "the guest helper could not set the guest up: %s", r.Failed).
 				WithHint("see that the image is whole, and what it said with: smolvm machine logs")
 		}
 		return r.Inodes, nil
-	case <-late.C:
-		return probe(ctx, c, s.ID, folders)
+	}
+	select {
+	case r := <-s.Reports:
+		return told(r)
 	case <-ctx.Done():
 		return nil, ctx.Err()
+	case <-late.C:
+	}
+	inodes, err = probe(ctx, c, s.ID, folders)
+	if err == nil {
+		return inodes, nil
+	}
+	select {
+	case r := <-s.Reports: // meanwhile, and it knows why
+		return told(r)
+	default:
+		return nil, err
 	}
 }
 

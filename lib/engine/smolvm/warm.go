@@ -274,7 +274,7 @@ func (e *Engine) warmUp(ctx context.Context, c *smolvm.Client, s *engine.Spec) (
 	}
 	if b.Alive() {
 		pid, err = e.copyBase(ctx, c, s, vs, b)
-		if !errors.Is(err, smolvm.ErrNotFound) { // else smolvm has lost it
+		if !errors.Is(err, errLost) {
 			return pid, b.Name, err
 		}
 	}
@@ -416,8 +416,11 @@ func (b *Base) makeSlots(n int) error {
 	return errors.Join(errs...)
 }
 
+// errLost is copyBase's error where smolvm does not know the base.
+var errLost = errors.New("the prepared machine")
+
 func (e *Engine) copyBase(ctx context.Context, c *smolvm.Client, s *engine.Spec, vs []smolvm.Volume, b *Base) (int, error) {
-	if err := stage(s); err != nil {
+	if err := stage(s, vs); err != nil {
 		return 0, err
 	}
 	// What it is a copy of is known before it is one: a base in use is kept.
@@ -438,8 +441,12 @@ func (e *Engine) copyBase(ctx context.Context, c *smolvm.Client, s *engine.Spec,
 	}
 	begun := time.Now()
 	closed := closeSoon(ctx, c, s.ID, readRecord(b.dir, b.Name).DataDir)
+	s.ForgetReports() // of a copy before
 	err = c.MachineFork(ctx, b.Name, s.ID, inMounts(s, vs, b))
 	closed()
+	if errors.Is(err, smolvm.ErrNotFound) {
+		return 0, fmt.Errorf("%w: %w", errLost, err)
+	}
 	if err != nil {
 		return 0, err
 	}

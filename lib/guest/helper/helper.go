@@ -45,13 +45,19 @@ func Run(configPath string, stderr io.Writer) error {
 		dial, ready, failed, gone = fdDial(d), d.Ready, d.Failed, d.Gone()
 	case guest.TransportUnix:
 		dial = socketDial
-		ready, failed = reporter(cfg, stderr)
+		var inodes []uint64
+		ready, failed = reporter(cfg, &inodes, stderr)
+		// With all of root's rights, which start gives up, and before anything listens:
+		// what is asked by a command then has a helper that can answer.
+		if inodes, err = guest.Inodes(cfg.Folders); err == nil {
+			err = CopySelf(cfg.Copy)
+		}
 	default:
 		return fmt.Errorf("%s: unknown transport %q", configPath, cfg.Transport)
 	}
-	names, err := start(cfg, dial, stderr)
-	if err == nil && cfg.Copy != "" {
-		err = CopySelf(cfg.Copy)
+	var names *names
+	if err == nil {
+		names, err = start(cfg, dial, stderr)
 	}
 	if err != nil {
 		return errors.Join(err, failed(err))
@@ -120,9 +126,12 @@ func start(cfg *guest.Config, dial dialFunc, stderr io.Writer) (*names, error) {
 	return names, nil
 }
 
-// CopySelf puts this program at path, for root alone: all at once, as somebody may
-// run it already.
+// CopySelf puts this program at path ("" for nowhere), for root alone: all at once,
+// as somebody may run it already.
 func CopySelf(path string) (err error) {
+	if path == "" {
+		return nil
+	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}

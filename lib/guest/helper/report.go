@@ -20,8 +20,8 @@ const (
 )
 
 // reporter gives what tells the keeper by the gate's socket that the guest is
-// ready, or why it is not.
-func reporter(cfg *guest.Config, stderr io.Writer) (ready func() error, failed func(error) error) {
+// ready, and has folders of these inode numbers, or why it is not.
+func reporter(cfg *guest.Config, inodes *[]uint64, stderr io.Writer) (ready func() error, failed func(error) error) {
 	tell := func(limit time.Duration, r guest.Report) error {
 		i := slices.IndexFunc(cfg.Relays, func(r guest.Relay) bool { return r.Service == guest.ServiceEgress })
 		if i < 0 {
@@ -30,12 +30,8 @@ func reporter(cfg *guest.Config, stderr io.Writer) (ready func() error, failed f
 		return guest.Greet(cfg.Relays[i].Socket, time.Now().Add(limit), &r)
 	}
 	ready = func() error {
-		inodes, err := guest.Inodes(cfg.Folders)
-		if err != nil {
-			return err
-		}
 		go func() {
-			if err := tell(reportLimit, guest.Report{Inodes: inodes}); err != nil {
+			if err := tell(reportLimit, guest.Report{Inodes: *inodes}); err != nil {
 				fmt.Fprintf(stderr, "the keeper was not told: %v\n", err)
 			}
 		}()
