@@ -60,7 +60,7 @@ type Base struct {
 	Version string       `json:"version"` // of smolvm
 	Slots   string       `json:"slots"`   // the folder of its empty places
 	Monitor plan.Process `json:"monitor"` // zero until it runs
-	ColdMS  int64        `json:"cold_ms"` // creation to first command, of this machine when it booted as any other
+	ColdMS  int64        `json:"cold_ms"` // creation to started, of this machine when it booted as any other
 	WarmMS  int64        `json:"warm_ms"` // copy to ready, of the last bottle
 	UsedAt  time.Time    `json:"used_at"` // when it was last made or copied
 	dir     string
@@ -369,10 +369,10 @@ func (e *Engine) makeBase(ctx context.Context, c *smolvm.Client, s *engine.Spec,
 	if err := startPatiently(ctx, c, b.Name, b.dir); err != nil {
 		return err
 	}
+	b.ColdMS = time.Since(begun).Milliseconds()
 	if err := helps(ctx, c, b.Name); err != nil {
 		return err
 	}
-	b.ColdMS = time.Since(begun).Milliseconds()
 	if err := c.MachineStop(ctx, b.Name); err != nil {
 		return err
 	}
