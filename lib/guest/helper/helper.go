@@ -46,12 +46,12 @@ func Run(configPath string, stderr io.Writer) error {
 	case guest.TransportUnix:
 		dial = socketDial
 		var inodes []uint64
-		ready, failed = reporter(cfg, &inodes, stderr)
 		// With all of root's rights, which start gives up, and before anything listens:
 		// what is asked by a command then has a helper that can answer.
 		if inodes, err = guest.Inodes(cfg.Folders); err == nil {
 			err = CopySelf(cfg.Copy)
 		}
+		ready, failed = reporter(cfg, inodes, stderr)
 	default:
 		return fmt.Errorf("%s: unknown transport %q", configPath, cfg.Transport)
 	}

@@ -347,7 +347,7 @@ func TestReport(t *testing.T) {
 	cfg := &guest.Config{Relays: []guest.Relay{{Service: guest.ServiceEgress, Socket: socket}}, Folders: []string{dir, "/"}}
 	var stderr bytes.Buffer
 	want, err := guest.Inodes(cfg.Folders)
-	ready, failed := reporter(cfg, &want, &stderr)
+	ready, failed := reporter(cfg, want, &stderr)
 	if err := ready(); err != nil {
 		t.Fatal(err)
 	}
@@ -361,7 +361,7 @@ func TestReport(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	// A config without a way out is what failed.
-	_, failed = reporter(&guest.Config{}, &want, &stderr)
+	_, failed = reporter(&guest.Config{}, want, &stderr)
 	if err := failed(errors.New("x")); err != nil {
 		t.Error(err)
 	}

@@ -21,7 +21,7 @@ const (
 
 // reporter gives what tells the keeper by the gate's socket that the guest is
 // ready, and has folders of these inode numbers, or why it is not.
-func reporter(cfg *guest.Config, inodes *[]uint64, stderr io.Writer) (ready func() error, failed func(error) error) {
+func reporter(cfg *guest.Config, inodes []uint64, stderr io.Writer) (ready func() error, failed func(error) error) {
 	tell := func(limit time.Duration, r guest.Report) error {
 		i := slices.IndexFunc(cfg.Relays, func(r guest.Relay) bool { return r.Service == guest.ServiceEgress })
 		if i < 0 {
@@ -31,7 +31,7 @@ func reporter(cfg *guest.Config, inodes *[]uint64, stderr io.Writer) (ready func
 	}
 	ready = func() error {
 		go func() {
-			if err := tell(reportLimit, guest.Report{Inodes: *inodes}); err != nil {
+			if err := tell(reportLimit, guest.Report{Inodes: inodes}); err != nil {
 				fmt.Fprintf(stderr, "the keeper was not told: %v\n", err)
 			}
 		}()
