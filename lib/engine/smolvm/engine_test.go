@@ -385,8 +385,12 @@ func checkStaged(t *testing.T, s *engine.Spec) {
 	if err != nil || json.Unmarshal(b, &cfg) != nil {
 		t.Fatal(err)
 	}
+	agent := os.Geteuid() // who runs it, but for root
+	if agent == 0 {
+		agent = 1000
+	}
 	if cfg.Transport != guest.TransportUnix || len(cfg.Relays) != 1 || cfg.Relays[0].Socket != "/run/bottle/gate.sock" || cfg.Relays[0].Listen != "127.0.0.1:3128" ||
-		cfg.User.UID != 1000 || cfg.CABundle != "/opt/bottle/ca-bundle.pem" || cfg.CACert != "cert\n" || len(cfg.Files) != 1 ||
+		cfg.User.UID != agent || cfg.CABundle != "/opt/bottle/ca-bundle.pem" || cfg.CACert != "cert\n" || len(cfg.Files) != 1 ||
 		cfg.Copy != "/run/bottle-run/guest" || !slices.Equal(cfg.Folders, []string{"/workspace", "/opt/extra"}) {
 		t.Errorf("config: %s", b)
 	}
