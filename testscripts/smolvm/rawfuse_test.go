@@ -220,10 +220,16 @@ func (d *rawDevice) ask(opcode uint32, node uint64, body []byte) answer {
 	head = le.AppendUint64(head, node)
 	copy(d.in, append(append(head, make([]byte, 16)...), body...))
 	const next, writable = 1, 2
-	desc := le.AppendUint64(nil, d.inAt)
-	desc = le.AppendUint16(le.AppendUint16(le.AppendUint32(desc, uint32(40+len(body))), next), 1)
-	desc = le.AppendUint64(desc, d.outA)
-	desc = le.AppendUint16(le.AppendUint16(le.AppendUint32(desc, pageSize), writable), 0)
+	// The answer's head and the rest have to be apart for 1.9.1, as Linux has them.
+	var desc []byte
+	for i, part := range []struct {
+		at    uint64
+		size  int
+		flags uint16
+	}{{d.inAt, 40 + len(body), next}, {d.outA, 16, writable | next}, {d.outA + 16, pageSize - 16, writable}} {
+		desc = le.AppendUint32(le.AppendUint64(desc, part.at), uint32(part.size))
+		desc = le.AppendUint16(le.AppendUint16(desc, part.flags), uint16(i+1))
+	}
 	copy(d.queue, desc)
 	made := le.Uint16(d.queue[availAt+2:])
 	le.PutUint16(d.queue[availAt+4+int(made%queueSize)*2:], 0)
