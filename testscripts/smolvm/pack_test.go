@@ -68,6 +68,19 @@ func TestSmolfile(t *testing.T) {
 	})
 }
 
+// A mount below a home of the image that is closed to all but its owner: the helper
+// is root and not that, and has to see the folder to tell of it.
+func TestClosedHome(t *testing.T) {
+	w := newWorld(t, "user")
+	w.ok("mkdir -p more img/home/agent/.cache && echo shown >more/it && chmod 700 img/home/agent")
+	w.manifest(`,"mounts":[{"source":"more","target":"/home/agent/.cache"}]`)
+	id := w.up()
+	if got := w.ok("bottle-vm exec " + id + " -- sh -c 'cat ~/.cache/it; stat -c %a ~'"); got != "shown\n700\n" {
+		t.Errorf("%q", got)
+	}
+	w.ok("bottle-vm down " + id)
+}
+
 // A pack of the image: made once, where this smolvm can; what starts from it has
 // the socket, no network, and an image that no other machine can write to.
 func TestPack(t *testing.T) {
