@@ -24,14 +24,14 @@ import (
 )
 
 const (
-	execTries   = 4 // at least
 	signalTries = 3
 	signalLimit = 10 * time.Second
 	ranLimit    = 20 * time.Second
+	// How often, at least, and how long a guest may be "not running" while its
+	// monitor lives.
+	execTries    = 4
+	execPatience = 10 * time.Second
 )
-
-// execPatience is how long a guest may be "not running" while its monitor lives.
-var execPatience = 10 * time.Second
 
 // newMarker gives 32 hex digits that no guest can guess.
 func newMarker() (string, error) {
